@@ -1,0 +1,64 @@
+# The whole pipeline and its checks. `make` lists the targets.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+# What `make run` works on: nothing given, a tiny data set that it makes.
+DATA     ?=
+WEIGHTS  ?=
+BS       ?= 1
+PROVIDER ?= cpu
+SPLIT    ?= val
+OUT      ?= $(if $(DATA),out,out/tiny)
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/installed
+TINY    := $(OUT)/cityscapes
+ONNX    := $(OUT)/intraDA_deeplabv2.onnx
+RUN     := $(SPLIT)_$(PROVIDER)_bs$(BS)
+
+data    := $(or $(DATA),$(TINY))
+weights := $(or $(WEIGHTS),$(TINY)/tiny_intrada.pth)
+
+.PHONY: help setup run test bench lint clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with the pinned packages, once
+
+$(STAMP): requirements.txt requirements-dev.txt $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS)
+	@touch $@
+
+ifneq ($(and $(filter run,$(MAKECMDGOALS)),$(or $(and $(DATA),$(if $(WEIGHTS),,x)),$(and $(WEIGHTS),$(if $(DATA),,x)))),)
+$(error DATA= and WEIGHTS= go together)
+endif
+
+run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU; DATA=cityscapes WEIGHTS=x.pth [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
+	@mkdir -p "$(OUT)"
+	$(BIN)/python intrada_preprocess.py "$(data)" "$(OUT)/prep_$(SPLIT)" --split $(SPLIT)
+	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
+	$(BIN)/python intrada_infer.py --model "$(ONNX)" --input "$(OUT)/prep_$(SPLIT)" --output "$(OUT)/result" \
+		--output_dirname $(RUN) --batchsize $(BS) --provider $(PROVIDER)
+	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" --split $(SPLIT) --json "$(OUT)/metrics_$(RUN).json"
+
+$(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py intrada_pth2onnx.py | $(STAMP)
+	$(BIN)/python tests/tiny_cityscapes.py "$(TINY)"
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## check style and shell scripts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/shellcheck .ci/run $(wildcard *.sh)
+
+bench: $(STAMP)  ## time each stage beside the plain way
+	$(BIN)/python benchmarks/bench.py
+
+clean:  ## remove what the targets above made, the .venv too
+	rm -rf .venv .venv-oldest out .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__
