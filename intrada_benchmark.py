@@ -1,0 +1,348 @@
+#!/usr/bin/env python3
+"""Measure speed and mIoU at several batch sizes and lay them out in one table, by running the guide's own commands.
+
+   MODEL_PREFIX_bs${bs}.om (Ascend, by ais_bench) or MODEL_PREFIX.onnx (any host, by intrada_infer.py)
+   --input SAVE_DIR, --data DATA_DIR
+-> perf/bs${bs}_summary.json        speed alone, --loop runs on zeros
+   result/result_bs${bs}/           logits of all frames, with --input
+   result/metrics_bs${bs}.json      metrics, with --data
+   a table on stdout, and with --markdown in a file
+
+   $ python3 intrada_benchmark.py intraDA_deeplabv2 --input prep --data /data/cityscapes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+BATCH_SIZES = 1, 4, 8, 16, 32, 64
+# Frames/s on 310P3. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
+PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
+RESULT_BYTES = 2 * 4 * 19 * 65 * 129  # both outputs of a frame, float32
+COLUMNS = "batch size", "frames", "mIoU %", "frames/s", "mean ms", "p99 ms", "end to end", "on 310P3", ""
+
+
+class InputError(Exception):
+    """What the user can mend; told in one line, without a traceback."""
+
+
+class StepError(Exception):
+    """Why a batch size has no figures; told in its row."""
+
+
+class Row(NamedTuple):
+    """What was measured at a batch size; None where it was not asked for, and `failure` where something went wrong."""
+
+    batch_size: int
+    frames: int | None = None
+    miou: float | None = None
+    fps: float | None = None
+    mean_ms: float | None = None
+    p99_ms: float | None = None
+    end_to_end_fps: float | None = None
+    failure: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------- the commands
+
+
+def infer_command(args: argparse.Namespace, batch_size: int) -> list[str]:
+    """Begin ais_bench's command for an `.om`, intrada_infer.py's for an `.onnx`; both take the same options."""
+    if is_onnx(args):
+        start = [python(), sibling("intrada_infer.py"), "--model", args.model, "--provider", args.provider]
+    else:
+        start = [python(), "-m", "ais_bench", "--model", model_path(args, batch_size)]
+    return [*start, "--device", args.device, "--batchsize", str(batch_size)]
+
+
+def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[str]]:
+    """Write out a batch size's commands: `speed` always, `infer` with --input, `score` with --data."""
+    start = infer_command(args, batch_size)
+    result, metrics = f"result/result_bs{batch_size}", f"result/metrics_bs{batch_size}.json"
+    commands = {"speed": [*start, "--loop", str(args.loop), "--output", "perf", "--output_dirname", f"bs{batch_size}"]}
+    if args.input:
+        into = ["--output", "result", "--output_dirname", f"result_bs{batch_size}"]
+        commands["infer"] = [*start, "--input", args.input, *into]
+    if args.data:
+        commands["score"] = [python(), sibling("intrada_postprocess.py"), args.data, result, "--json", metrics]
+    return commands
+
+
+def is_onnx(args: argparse.Namespace) -> bool:
+    return args.model.endswith(".onnx")
+
+
+def model_path(args: argparse.Namespace, batch_size: int) -> str:
+    return args.model if is_onnx(args) else f"{args.model}_bs{batch_size}.om"
+
+
+def model_paths(args: argparse.Namespace) -> list[str]:
+    """List the models of all batch sizes, each once."""
+    return list(dict.fromkeys(model_path(args, batch_size) for batch_size in args.batch_sizes))
+
+
+def python() -> str:
+    """Name the running interpreter as a user would type it."""
+    found = shutil.which("python3")
+    return "python3" if found and Path(found).samefile(sys.executable) else sys.executable
+
+
+def sibling(script: str) -> str:
+    """Name a script beside this one; its command runs, nothing of it is imported."""
+    return str(Path(sys.argv[0]).with_name(script))
+
+
+def run_command(command: list[str]) -> float:
+    """Run a command, its output on stderr, and return its seconds.
+
+    Raises:
+        StepError: it ends with another status than 0.
+    """
+    print("+", shlex.join(command), flush=True)
+    start = time.perf_counter()
+    status = subprocess.run(command, stdout=sys.stderr).returncode
+    if status:
+        raise StepError(f"{Path(command[2]).name} ended with status {status}; its messages stand above")
+    return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------- checks before
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Check that all models are there, and for `.om` that ais_bench is.
+
+    Raises:
+        InputError: one is missing.
+    """
+    missing = [path for path in model_paths(args) if not Path(path).is_file()]
+    if missing:
+        maker = "intrada_pth2onnx.py" if is_onnx(args) else "atc_convert.sh"
+        raise InputError(f"{len(missing)} models are missing, make them with {maker}: {first_five(missing)}")
+    if not is_onnx(args):
+        probe = subprocess.run([python(), "-c", "import aclruntime, ais_bench"], capture_output=True, text=True)
+        if probe.returncode:
+            reason = probe.stderr.strip().splitlines()[-1]
+            raise InputError(f"{python()} cannot import ais_bench ({reason}); see README.md, The Ascend host")
+
+
+def find_inputs(args: argparse.Namespace) -> list[Path]:
+    """List the input files of --input.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not args.input:
+        return []
+    inputs = sorted(path for path in Path(args.input).glob("*") if path.suffix.lower() in (".bin", ".npy"))
+    if not inputs:
+        raise InputError(f"{args.input}: no .bin or .npy here; --input is what intrada_preprocess.py wrote")
+    return inputs
+
+
+def check_permissions(paths: list[Path]) -> None:
+    """Check what ais_bench since 2023-09 refuses: links, other owners, group- or other-writable, path characters.
+
+    Raises:
+        InputError: names the paths and the command that mends them.
+    """
+    faults = {
+        "are symbolic links; copy them with what they point to by cp -rL and give the copy:": [
+            path for path in paths if path.is_symlink()
+        ],
+        "belong to another user: sudo chown $USER": [path for path in paths if path.stat().st_uid != os.getuid()],
+        "are writable by group or others: chmod go-w": [
+            path for path in paths if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        ],
+        "hold characters other than letters, digits and _ - . /: mv": [
+            path for path in paths if re.search(r"[^\w./-]", str(path.absolute()), re.ASCII)
+        ],
+    }
+    for fault, faulty in faults.items():
+        if faulty:
+            raise InputError(f"newer ais_bench refuses {len(faulty)} paths that {fault} {first_five(faulty, ' ')}")
+
+
+def check_space(frames: int, batch_sizes: list[int]) -> None:
+    """Check that the results fit on the disk.
+
+    Raises:
+        InputError: they do not.
+    """
+    needed, free = RESULT_BYTES * frames * len(batch_sizes), shutil.disk_usage(".").free
+    if needed > free:
+        raise InputError(
+            f"result/ needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give fewer batch sizes"
+        )
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, 0755 whatever the umask: newer ais_bench refuses group-writable ones."""
+    if not path.is_dir():
+        path.mkdir()
+        path.chmod(0o755)
+
+
+def first_five(names: list, separator: str = ", ") -> str:
+    """Name the first five, so that a message stays one readable line."""
+    return separator.join(map(str, names[:5])) + (f"{separator}..." if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(batch_size: int, commands: dict[str, list[str]], inputs: list[Path], kept: bool) -> Row:
+    """Run a batch size's commands and read what they leave; `kept`: results of an earlier run count."""
+    row, result, begun = Row(batch_size), Path("result") / f"result_bs{batch_size}", time.time()
+    try:
+        run_command(commands["speed"])
+        row = row._replace(**read_speed(Path("perf"), f"bs{batch_size}", begun))
+        if "infer" in commands:
+            seconds = run_command(commands["infer"])
+            check_results(result, inputs, 0 if kept else begun)
+            row = row._replace(frames=len(inputs), end_to_end_fps=read_end_to_end(result, len(inputs) / seconds))
+        if "score" in commands:
+            run_command(commands["score"])
+            row = row._replace(miou=json.loads(Path(commands["score"][-1]).read_text())["miou"])
+    except StepError as error:
+        return row._replace(failure=str(error))
+    return row
+
+
+def read_speed(folder: Path, name: str, begun: float) -> dict[str, float]:
+    """Read the summaries of a run, one for each device; throughputs add up.
+
+    ais_bench writes `<name>_summary.json` beside its folder, one a device inside it, in its first builds `sumary.json`.
+
+    Raises:
+        StepError: the run left none.
+    """
+    patterns = f"{name}_summary.json", f"{name}/*_summary.json", f"{name}/sumary.json"
+    paths = [path for pattern in patterns for path in folder.glob(pattern) if path.stat().st_mtime >= begun - 2]
+    if not paths:
+        raise StepError(f"no summary in {folder}; the run's messages stand above")
+    summaries = [json.loads(path.read_text()) for path in paths]
+    return {
+        "fps": sum(summary["throughput"] for summary in summaries),
+        "mean_ms": sum(summary["NPU_compute_time"]["mean"] for summary in summaries) / len(summaries),
+        "p99_ms": max(summary["NPU_compute_time"]["percentile(99%)"] for summary in summaries),
+    }
+
+
+def read_end_to_end(result: Path, whole_command_fps: float) -> float:
+    """Read intrada_infer.py's own figure; ais_bench has none, so its whole command counts, loading included."""
+    path = result.with_name(f"{result.name}_summary.json")
+    summary = json.loads(path.read_text()) if path.is_file() else {}
+    return summary.get("end_to_end_throughput", whole_command_fps)
+
+
+def check_results(folder: Path, inputs: list[Path], begun: float) -> None:
+    """Check that every frame has both outputs, made by this run.
+
+    Raises:
+        StepError: counts and names the frames that lack one.
+    """
+    found = {
+        path.stem for path in [*folder.glob("*.*"), *folder.glob("device*/*.*")] if path.stat().st_mtime >= begun - 2
+    }
+    stems = [path.name.split(".")[0] for path in inputs]
+    missing = [stem for stem in stems if not {f"{stem}_0", f"{stem}_1"} <= found]
+    if missing:
+        raise StepError(f"{len(missing)} of {len(stems)} frames lack an output: {first_five(missing)}")
+
+
+# ---------------------------------------------------------------------------------------------------- reporting
+
+
+def cells_of(row: Row, best: bool) -> list[str]:
+    """Format a row; a dash where nothing was measured."""
+    published = PUBLISHED_FPS.get(row.batch_size)
+    percent = None if row.miou is None else 100 * row.miou
+    figures = [percent, row.fps, row.mean_ms, row.p99_ms, row.end_to_end_fps, published]
+    remark = f"FAILED: {row.failure}" if row.failure else "best" if best else ""
+    return [str(row.batch_size), str(row.frames or "-"), *("-" if f is None else f"{f:.2f}" for f in figures), remark]
+
+
+def format_table(rows: list[Row]) -> str:
+    """Lay the rows out as a Markdown table, padded so that it reads well on a terminal too."""
+    fastest = max((row.fps or 0 for row in rows if not row.failure), default=0)
+    table = [list(COLUMNS), *(cells_of(row, bool(fastest) and row.fps == fastest and not row.failure) for row in rows)]
+    widths = [max(len(cells[n]) for cells in table) for n in range(len(COLUMNS))]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(cells, widths)) + " |" for cells in table]
+    lines.insert(1, "| " + " | ".join("-" * (max(width, 2) - 1) + ":" for width in widths) + " |")
+    return "\n".join(lines)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure speed and mIoU at several batch sizes, by ais_bench (.om) or intrada_infer.py (.onnx)."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL_PREFIX", help="MODEL_PREFIX_bs1.om, MODEL_PREFIX_bs4.om, ...; or an .onnx")
+    add(
+        "batch_sizes",
+        metavar="BS",
+        nargs="*",
+        type=positive,
+        help=f"batch sizes (default: {first_five(BATCH_SIZES, ' ')})",
+    )
+    add("--loop", metavar="N", type=positive, default=50, help="runs of the speed test (default: %(default)s)")
+    add("--device", metavar="ID", default="0", help="device, for ais_bench also several, as 0,1 (default: %(default)s)")
+    add("--provider", metavar="NAME", default="cpu", help="for an .onnx, as intrada_infer.py's (default: %(default)s)")
+    add("--input", metavar="SAVE_DIR", help="infer these frames too (default: speed alone)")
+    add("--data", metavar="DATA_DIR", help="score them too, against Cityscapes' labels")
+    add("--markdown", metavar="FILE", type=Path, help="write the table here too")
+    add("--dry_run", action="store_true", help="print the commands and run none")
+    args = parser.parse_args(argv)
+    if args.data and not args.input:
+        parser.error("--data goes with --input")
+    args.batch_sizes = args.batch_sizes or list(BATCH_SIZES)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    plans = {batch_size: plan_commands(args, batch_size) for batch_size in args.batch_sizes}
+    if args.dry_run:
+        print("\n".join(shlex.join(command) for commands in plans.values() for command in commands.values()))
+        return 0
+    check_models(args)
+    inputs = find_inputs(args)
+    check_space(len(inputs), args.batch_sizes)
+    if not is_onnx(args):
+        check_permissions([*map(Path, model_paths(args)), *([Path(args.input)] if args.input else []), *inputs])
+    for folder in ("perf", "result"):
+        make_folder(Path(folder))
+    rows = [measure(batch_size, commands, inputs, kept=is_onnx(args)) for batch_size, commands in plans.items()]
+    table = format_table(rows)
+    if args.markdown:
+        args.markdown.write_text(table + "\n", encoding="utf-8")
+    print(table)
+    return int(any(row.failure for row in rows))
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except (InputError, OSError) as error:
+        raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
