@@ -1,0 +1,1 @@
+"""Stand in for the runtime that ais_bench loads."""

@@ -1,0 +1,72 @@
+"""What the tests share: where things lie, how a user starts a script, and a model small enough to check by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+GOLDEN_DATA_DIR = DATA / "cityscapes"
+GOLDEN_FRAME = "frankfurt_999999_000001"
+GOLDEN = json.loads((DATA / "expected.json").read_text())
+
+sys.path.insert(0, str(ROOT))
+
+
+def run(script: str, *args: object, status: int = 0, **options: object) -> subprocess.CompletedProcess:
+    """Start a script as a user does and hold its exit status against the expected one."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def error_of(script: str, *args: object) -> str:
+    """Return the one line that a script says of a user's mistake, without its own name."""
+    stderr = run(script, *args, status=1).stderr
+    start = f"{script}: error: "
+    assert stderr.startswith(start), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr[len(start) : -1]
+
+
+def make_older(path: Path, seconds: float) -> None:
+    """Set a file's time back."""
+    changed = path.stat().st_mtime - seconds
+    os.utime(path, (changed, changed))
+
+
+def golden_logits() -> np.ndarray:
+    """Read the golden logits, (19, 65, 129) float32."""
+    return np.load(DATA / "logits_1x19x65x129.npy").astype(np.float32)[0]
+
+
+def save_two_channel_model(path: Path, batch: int | str = "batch", offset: float = 0) -> np.ndarray:
+    """Save a model image (batch, 3, 4, 6) -> two outputs (batch, 2, 4, 6), by 1x1 convolutions, and return its weights.
+
+    Returns:
+        (2, 2, 3) float32: output, channel, input channel.
+    """
+    weights = np.arange(2 * 2 * 3, dtype=np.float32).reshape(2, 2, 3) - 5 + offset
+    nodes = [helper.make_node("Conv", ["image", f"weight_{i}"], [f"output_{i}"]) for i in range(2)]
+    initializers = [numpy_helper.from_array(weights[i, :, :, None, None], f"weight_{i}") for i in range(2)]
+    inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, 4, 6])]
+    outputs = [helper.make_tensor_value_info(f"output_{i}", TensorProto.FLOAT, [batch, 2, 4, 6]) for i in range(2)]
+    graph = helper.make_graph(nodes, "two_channels", inputs, outputs, initializers)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6), path)
+    return weights
+
+
+def ascend_environment(**settings: str) -> dict[str, str]:
+    """Make an environment in which npu-smi, atc and ais_bench are the stand-ins of tests/fake_ascend."""
+    fakes = ROOT / "tests" / "fake_ascend"
+    path = f"{fakes / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(fakes / "python"), **settings}

@@ -1,0 +1,379 @@
+"""intrada_postprocess.py: golden evaluation, the fused loop against plain ways, metrics by hand, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import intrada_postprocess as postprocess
+from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, error_of, golden_logits, run
+
+SCRIPT = "intrada_postprocess.py"
+LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+
+@pytest.fixture
+def golden_results(tmp_path) -> Path:
+    """The golden frame's main logits, float32, as ais_bench lays them out."""
+    (tmp_path / "r").mkdir()
+    golden_logits().tofile(tmp_path / "r" / f"{GOLDEN_FRAME}_leftImg8bit_1.bin")
+    return tmp_path / "r"
+
+
+def add_frame(folder: Path, frame: str, truth: np.ndarray, prediction: np.ndarray) -> None:
+    """Add labels (65, 129) of train ids, 255 for ignored, and logits that predict (65, 129) train ids."""
+    label_path = folder / "gtFine" / "val" / frame.split("_")[0] / f"{frame}_gtFine_labelIds.png"
+    label_path.parent.mkdir(parents=True, exist_ok=True)
+    ids = np.array([*LABEL_IDS, *[0] * 237], np.uint8)
+    Image.fromarray(ids[truth]).save(label_path)
+    logits = (np.arange(19)[:, None, None] == prediction).astype("<f4")
+    (folder / "r").mkdir(exist_ok=True)
+    logits.tofile(folder / "r" / f"{frame}_leftImg8bit_1.bin")
+
+
+def metrics_of(data_dir: Path, result_dir: Path, *args: object) -> dict:
+    run(SCRIPT, data_dir, result_dir, "--json", data_dir.parent / "metrics.json", *args)
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads((data_dir.parent / "metrics.json").read_text(), parse_constant=refuse)
+
+
+# ---------------------------------------------------------------------------------------------------- the golden frame
+
+
+def test_the_golden_frame_gives_the_reference_matrix_and_iou(golden_results, tmp_path):
+    shutil.copytree(GOLDEN_DATA_DIR, tmp_path / "data")
+    metrics = metrics_of(tmp_path / "data", golden_results)
+    expected = GOLDEN["evaluate"]
+    assert metrics["confusion_matrix"] == expected["confusion"]
+    assert list(metrics["iou"].values()) == pytest.approx(expected["iou"], abs=1e-12)
+    assert metrics["miou"] == pytest.approx(expected["miou"], abs=1e-12)
+    assert metrics["per_frame"] == [
+        {"frame": GOLDEN_FRAME, "miou": metrics["miou"], "ignored_pixels": expected["ignored_pixels"]}
+    ]
+    assert (metrics["frames"], metrics["split"]) == (1, "val")
+
+
+def test_the_golden_prediction_is_the_reference_one_at_every_pixel():
+    prediction = np.empty((1024, 2048), np.uint8)
+    postprocess.predict(golden_logits(), prediction)
+    assert hashlib.sha256(prediction.tobytes()).hexdigest() == GOLDEN["evaluate"]["prediction_sha256"]
+
+
+def test_the_table_ends_with_the_miou_by_itself(golden_results):
+    lines = run(SCRIPT, GOLDEN_DATA_DIR, golden_results).stdout.splitlines()
+    assert lines[0].split() == ["class", "IoU", "%", "recall", "%", "of", "truth", "%"]
+    assert lines[1].split() == ["road", "98.16", "98.94", "26.11"]
+    assert lines[7].split() == ["traffic", "light", "69.97", "79.92", "0.17"]
+    assert lines[20].split() == ["mean", "83.87", "90.85"]
+    assert lines[-1] == "mIoU = 83.87"
+
+
+# ---------------------------------------------------------------------------------------------------- the fused loop
+
+
+def interpolate_plainly(logits_chw: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear with align_corners at full size, (C, height, width) float32, in torch's order of operations."""
+
+    def corners(points: int, pixels: int):
+        scale = np.float32(points - 1) / np.float32(max(pixels - 1, 1)) if pixels > 1 else np.float32(0)
+        position = scale * np.arange(pixels, dtype=np.float32)
+        lower = np.minimum(np.floor(position).astype(int), points - 1)
+        return lower, np.minimum(lower + 1, points - 1), np.clip(position - lower.astype(np.float32), 0, 1)
+
+    top, bottom, y = corners(logits_chw.shape[1], height)
+    left, right, x = corners(logits_chw.shape[2], width)
+    one, y = np.float32(1), y[:, None]
+    upper = logits_chw[:, top][:, :, left] * (one - x) + logits_chw[:, top][:, :, right] * x
+    lower = logits_chw[:, bottom][:, :, left] * (one - x) + logits_chw[:, bottom][:, :, right] * x
+    return upper * (one - y) + lower * y
+
+
+ABOVE_ONE = float(np.nextafter(np.float32(1), np.float32(2)))
+LOGITS = st.sampled_from(
+    [
+        st.floats(-30, 30, width=32),
+        st.sampled_from([-1.0, 0.0, 1.0]),  # ties
+        st.sampled_from([1.0, ABOVE_ONE]),  # leads that rounding may level out
+        st.floats(-(2.0**100), 2.0**100, width=32),
+    ]
+).flatmap(lambda values: hnp.arrays(np.float32, st.tuples(*[st.integers(1, 5)] * 3), elements=values))
+
+
+@settings(max_examples=500, deadline=None)
+@given(logits_chw=LOGITS, height=st.integers(1, 40), width=st.integers(1, 40))
+@example(logits_chw=np.array([[[1, 1]] * 2, [[ABOVE_ONE, ABOVE_ONE]] * 2], np.float32), height=37, width=37)
+def test_the_fused_loop_predicts_what_full_size_logits_predict(logits_chw, height, width):
+    prediction = np.full((height, width), 255, np.uint8)
+    postprocess.predict(logits_chw, prediction)
+    full_size = interpolate_plainly(logits_chw, height, width)
+    np.testing.assert_array_equal(prediction, full_size.argmax(axis=0))
+
+    # torch may fuse a multiplication with an addition, so its values may differ in the last bits
+    by_torch = torch.nn.functional.interpolate(
+        torch.from_numpy(logits_chw)[None], (height, width), mode="bilinear", align_corners=True
+    )[0].numpy()
+    predicted = np.take_along_axis(by_torch, prediction[None].astype(int), axis=0)[0]
+    assert (by_torch.max(axis=0) - predicted <= 1e-6 * np.abs(logits_chw).max()).all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 5.0])
+def test_the_fused_loop_predicts_what_torch_predicts_at_full_size(noise):
+    rng = np.random.default_rng(7)
+    coarse = torch.from_numpy(rng.normal(0, 5, (1, 19, 17, 33)).astype(np.float32))
+    logits = torch.nn.functional.interpolate(coarse, (65, 129), mode="bicubic", align_corners=True)
+    logits += torch.from_numpy(rng.normal(0, noise, logits.shape).astype(np.float32))
+    prediction = np.empty((1024, 2048), np.uint8)
+    postprocess.predict(logits[0].numpy(), prediction)
+    expected = torch.nn.functional.interpolate(logits, (1024, 2048), mode="bilinear", align_corners=True)[0].argmax(0)
+    assert (prediction != expected.numpy()).sum() <= 2  # of 2 million, where two classes tie to the last bit
+
+
+# ---------------------------------------------------------------------------------------------------- metrics by hand
+
+
+def test_classes_are_scored_over_all_frames_at_once(tmp_path):
+    road, bicycle, sky, ignored = 0, 18, 10, 255
+    blank = np.full((65, 129), road)
+    half_truth = blank.copy()
+    half_truth[:, :29] = bicycle  # 65 x 29 pixels
+    half_prediction = blank.copy()
+    half_prediction[:, :9] = bicycle  # 65 x 9 of them found
+    half_prediction[:, 119:] = sky  # 65 x 10 of the 65 x 100 of road called sky
+    add_frame(tmp_path / "data", "bonn_000000_000000", half_truth, half_prediction)
+    ignored_truth = blank.copy()
+    ignored_truth[:30] = ignored  # predicted as sky, and counts nowhere
+    ignored_prediction = blank.copy()
+    ignored_prediction[:30] = sky
+    add_frame(tmp_path / "data", "ulm_000000_000000", ignored_truth, ignored_prediction)
+    metrics = metrics_of(tmp_path / "data", tmp_path / "data" / "r")
+
+    road_hits, road_truth = 65 * 90 + 35 * 129, 65 * 100 + 35 * 129
+    confusion = np.zeros((19, 19), int)
+    confusion[road, road], confusion[road, sky] = road_hits, 65 * 10
+    confusion[bicycle, bicycle], confusion[bicycle, road] = 65 * 9, 65 * 20
+    assert metrics["confusion_matrix"] == confusion.tolist()
+    road_iou, bicycle_iou = road_hits / (road_truth + 65 * 20), 9 / 29
+    assert {name: value for name, value in metrics["iou"].items() if value is not None} == {
+        "road": pytest.approx(road_iou),
+        "bicycle": pytest.approx(bicycle_iou),
+        "sky": 0.0,
+    }
+    assert metrics["miou"] == pytest.approx((road_iou + bicycle_iou + 0) / 3)
+    truth_total = road_truth + 65 * 29
+    assert metrics["pixel_accuracy"] == pytest.approx((road_hits + 65 * 9) / truth_total)
+    assert metrics["mean_class_accuracy"] == pytest.approx((road_hits / road_truth + 9 / 29) / 2)
+    assert metrics["frequency_weighted_iou"] == pytest.approx(
+        (road_truth * road_iou + 65 * 29 * bicycle_iou) / truth_total
+    )
+    assert metrics["category_iou"]["flat"] == pytest.approx(road_iou)
+    assert metrics["category_iou"]["vehicle"] == pytest.approx(bicycle_iou)
+    assert metrics["category_iou"]["human"] is None
+    assert [frame["ignored_pixels"] for frame in metrics["per_frame"]] == [0, 30 * 129]
+    assert metrics["per_frame"][1] == {"frame": "ulm_000000_000000", "miou": 1.0, "ignored_pixels": 30 * 129}
+
+
+def test_confusion_inside_a_category_does_not_hurt_the_category(tmp_path):
+    add_frame(tmp_path / "data", "bonn_000000_000000", np.full((65, 129), 13), np.full((65, 129), 14))  # car, truck
+    metrics = metrics_of(tmp_path / "data", tmp_path / "data" / "r")
+    assert (metrics["iou"]["car"], metrics["iou"]["truck"], metrics["category_iou"]["vehicle"]) == (0.0, 0.0, 1.0)
+
+
+def test_every_class_is_in_its_category():
+    assert {name: category for _, name, category in postprocess.CLASSES} == {
+        **dict.fromkeys(["road", "sidewalk"], "flat"),
+        **dict.fromkeys(["building", "wall", "fence"], "construction"),
+        **dict.fromkeys(["pole", "traffic light", "traffic sign"], "object"),
+        **dict.fromkeys(["vegetation", "terrain"], "nature"),
+        "sky": "sky",
+        **dict.fromkeys(["person", "rider"], "human"),
+        **dict.fromkeys(["car", "truck", "bus", "train", "motorcycle", "bicycle"], "vehicle"),
+    }
+
+
+def test_a_frame_without_any_class_has_no_miou_and_changes_nothing(tmp_path):
+    add_frame(tmp_path / "data", "bonn_000000_000000", np.full((65, 129), 3), np.full((65, 129), 3))
+    add_frame(tmp_path / "data", "ulm_000000_000000", np.full((65, 129), 255), np.full((65, 129), 3))
+    metrics = metrics_of(tmp_path / "data", tmp_path / "data" / "r")
+    assert metrics["miou"] == 1.0
+    assert [frame["miou"] for frame in metrics["per_frame"]] == [1.0, None]
+
+
+def test_no_pixel_with_a_class_is_refused(tmp_path):
+    add_frame(tmp_path, "ulm_000000_000000", np.full((65, 129), 255), np.full((65, 129), 3))
+    assert error_of(SCRIPT, tmp_path, tmp_path / "r").startswith("no pixel of split val has a class")
+
+
+def test_the_json_is_the_same_bytes_for_any_number_of_workers(tmp_path):
+    rng = np.random.default_rng(0)
+    for n in range(7):
+        truth, prediction = rng.integers(0, 19, (2, 65, 129))
+        add_frame(tmp_path, f"ulm_000000_{n:06}", truth, prediction)
+    written = set()
+    for workers in (1, 3, 3):
+        run(SCRIPT, tmp_path, tmp_path / "r", "--workers", workers, "--json", tmp_path / "m.json")
+        written.add((tmp_path / "m.json").read_bytes())
+    assert len(written) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- finding results
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("ending", ["bin", "npy"])
+@pytest.mark.parametrize("folder", [".", "device0", "device1_1"])
+def test_every_layout_of_ais_bench_is_read(tmp_path, half, ending, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    logits = golden_logits().astype(np.float16 if half else np.float32)
+    path = tmp_path / folder / f"{GOLDEN_FRAME}_leftImg8bit_1.{ending}"
+    logits.tofile(path) if ending == "bin" else np.save(path, logits)
+    assert run(SCRIPT, GOLDEN_DATA_DIR, tmp_path).stdout.endswith("\nmIoU = 83.87\n")
+
+
+def test_missing_frames_are_counted_and_named(tmp_path):
+    (tmp_path / "r").mkdir()
+    for n in range(7):
+        add_frame(tmp_path, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.zeros((65, 129), int))
+        if n != 3:
+            (tmp_path / "r" / f"ulm_000000_{n:06}_leftImg8bit_1.bin").unlink()
+    assert error_of(SCRIPT, tmp_path, tmp_path / "r") == (
+        f"{tmp_path}/r: 6 of 7 frames have no <frame>_leftImg8bit_1.bin or .npy (infer them first; RESULT_DIR is what "
+        "ais_bench filled, as result/result_bs1): ulm_000000_000000, ulm_000000_000001, ulm_000000_000002, "
+        "ulm_000000_000004, ulm_000000_000005, ..."
+    )
+
+
+def test_the_auxiliary_output_alone_is_told(golden_results):
+    path = golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.bin"
+    path.rename(golden_results / f"{GOLDEN_FRAME}_leftImg8bit_0.bin")
+    assert "(only the auxiliary output, _0: the model must have both)" in error_of(
+        SCRIPT, GOLDEN_DATA_DIR, golden_results
+    )
+
+
+def test_the_same_frame_of_two_devices_counts_once_if_equal_and_is_refused_if_not(golden_results):
+    path = golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.bin"
+    for device in ("device0_0", "device1_1"):
+        (golden_results / device).mkdir()
+        shutil.copy(path, golden_results / device)
+    path.unlink()
+    assert run(SCRIPT, GOLDEN_DATA_DIR, golden_results).stdout.endswith("\nmIoU = 83.87\n")
+    np.zeros((19, 65, 129), "<f4").tofile(golden_results / "device1_1" / path.name)
+    assert error_of(SCRIPT, GOLDEN_DATA_DIR, golden_results) == (
+        f"{golden_results}/device0_0/{path.name} and {golden_results}/device1_1/{path.name} differ: "
+        "results of two runs; empty the folder and infer again, for several devices with ais_bench's --divide_input 1"
+    )
+
+
+def test_results_of_no_frame_are_warned_of(golden_results):
+    (golden_results / "ulm_000000_000000_leftImg8bit_1.bin").write_bytes(b"")
+    assert run(SCRIPT, GOLDEN_DATA_DIR, golden_results).stderr == (
+        f"warning: {golden_results}: 1 results belong to no frame of this split and count nowhere: "
+        "ulm_000000_000000_leftImg8bit_1\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- broken files
+
+
+def fault_of(data_dir: Path, result_dir: Path) -> str:
+    """Return what is said of the only frame."""
+    start = "1 of 1 frames cannot be scored: "
+    message = error_of(SCRIPT, data_dir, result_dir)
+    assert message.startswith(start), message
+    return message[len(start) :]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "float32 (0,); expected (19, 65, 129), 637260 bytes of float32 or 318630 of float16; infer"),
+        (bytes(637260 // 3), "float32 (53105,); expected (19, 65, 129), 637260 bytes of float32"),
+        (bytes(4 * 19 * 64 * 128), "64 x 128 logits: the conversion lost the max pool's ceil_mode"),
+        (np.full(19 * 65 * 129, np.nan, "<f4").tobytes(), "logits that are not finite, as an overflow of FP16"),
+        (np.full(19 * 65 * 129, np.inf, "<f2").tobytes(), "logits that are not finite, as an overflow of FP16"),
+    ],
+    ids=["empty", "cut", "ceil_mode", "nan", "half_inf"],
+)
+def test_damaged_logits_are_told(golden_results, content, message):
+    path = golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.bin"
+    path.write_bytes(content)
+    assert fault_of(GOLDEN_DATA_DIR, golden_results).startswith(f"{path}: {message}")
+
+
+def test_a_damaged_npy_is_told(golden_results):
+    (golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.bin").unlink()
+    path = golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.npy"
+    path.write_bytes(b"\x93NUMPY")
+    assert fault_of(GOLDEN_DATA_DIR, golden_results).startswith(f"{path}: not a whole .npy: ")
+    np.save(path, golden_logits().astype(np.float64))
+    assert fault_of(GOLDEN_DATA_DIR, golden_results).startswith(
+        f"{path}: float64 (19, 65, 129); expected (19, 65, 129)"
+    )
+    np.save(path, golden_logits().transpose(1, 2, 0))
+    assert fault_of(GOLDEN_DATA_DIR, golden_results).startswith(
+        f"{path}: float32 (65, 129, 19); expected (19, 65, 129)"
+    )
+
+
+def test_labels_that_are_no_label_ids_are_told(tmp_path):
+    add_frame(tmp_path, "ulm_000000_000000", np.zeros((65, 129), int), np.zeros((65, 129), int))
+    path = tmp_path / "gtFine" / "val" / "ulm" / "ulm_000000_000000_gtFine_labelIds.png"
+    Image.fromarray(np.array([[0, 1, 255, 35]], np.uint8)).save(path)
+    assert fault_of(tmp_path, tmp_path / "r") == (
+        f"{path}: label ids 35, 255; expected 0 to 34, so labelIds and not labelTrainIds or colours"
+    )
+    Image.new("RGB", (8, 8)).save(path)
+    assert fault_of(tmp_path, tmp_path / "r") == (f"{path}: found mode RGB, expected L, one 8-bit label id a pixel")
+    path.write_bytes(b"")
+    assert fault_of(tmp_path, tmp_path / "r").startswith(f"{path}: not a whole PNG: ")
+
+
+def test_all_damaged_files_are_counted_and_named(tmp_path):
+    for n in range(4):
+        add_frame(tmp_path, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.zeros((65, 129), int))
+    for n in (1, 3):
+        (tmp_path / "r" / f"ulm_000000_{n:06}_leftImg8bit_1.bin").write_bytes(b"cut")
+    message = error_of(SCRIPT, tmp_path, tmp_path / "r")
+    assert message.startswith(f"2 of 4 frames cannot be scored: {tmp_path}/r/ulm_000000_000001_leftImg8bit_1.bin: ")
+    assert f"; {tmp_path}/r/ulm_000000_000003_leftImg8bit_1.bin: " in message
+
+
+def test_a_name_in_two_cities_is_refused(tmp_path):
+    add_frame(tmp_path, "ulm_000000_000000", np.zeros((65, 129), int), np.zeros((65, 129), int))
+    shutil.copytree(tmp_path / "gtFine" / "val" / "ulm", tmp_path / "gtFine" / "val" / "bonn")
+    assert error_of(SCRIPT, tmp_path, tmp_path / "r") == f"{tmp_path}/gtFine/val: 1 frame names occur in two cities"
+
+
+def test_the_same_frame_in_two_formats_is_refused(golden_results):
+    np.save(golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.npy", golden_logits())
+    assert error_of(SCRIPT, GOLDEN_DATA_DIR, golden_results).endswith(": results of two runs; remove one of them")
+
+
+def test_folders_that_are_not_there_are_told(golden_results, tmp_path):
+    assert error_of(SCRIPT, tmp_path, golden_results) == (
+        f"{tmp_path}/gtFine/val: no <city>/<frame>_gtFine_labelIds.png here; DATA_DIR is the folder that holds gtFine"
+    )
+    assert error_of(SCRIPT, GOLDEN_DATA_DIR, tmp_path / "none") == (
+        f"{tmp_path}/none: no such folder; RESULT_DIR is what ais_bench filled, as result/result_bs1"
+    )
+
+
+def test_without_a_folder_to_keep_machine_code_it_still_runs(golden_results, tmp_path):
+    script = shutil.copy(Path(postprocess.__file__), tmp_path)
+    (tmp_path / "__pycache__").write_text("a file, so that nothing can be kept here")
+    nowhere = {"PATH": os.environ["PATH"], "HOME": "/proc/none", "LOCALAPPDATA": "/proc/none"}
+    assert run(script, GOLDEN_DATA_DIR, golden_results, env=nowhere).stdout.endswith("\nmIoU = 83.87\n")
