@@ -17,6 +17,7 @@ only what is missing or out of date is inferred. Without --input zeros are infer
 from __future__ import annotations
 
 import argparse
+import atexit
 import fcntl
 import io
 import json
@@ -441,6 +442,7 @@ def join_ranks() -> None:
         from torch import distributed
 
         distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort the process as it ends
 
 
 def gather(value: Any) -> list:

@@ -15,6 +15,7 @@ folders for several devices (RESULT_DIR/device0, device1_1, ...) are read as wel
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import filecmp
 import json
@@ -498,6 +499,7 @@ def join_ranks() -> None:
         from torch import distributed
 
         distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort the process as it ends
 
 
 def gather(value: Any) -> list:

@@ -16,6 +16,7 @@ A `.bin` holds float32, little-endian, C order, shape (3, 512, 1024): blue, gree
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import fcntl
 import os
@@ -215,6 +216,7 @@ def join_ranks() -> None:
         from torch import distributed
 
         distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort the process as it ends
 
 
 def gather(value: Any) -> list:
