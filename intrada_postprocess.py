@@ -4,6 +4,7 @@
     RESULT_DIR/<frame>_leftImg8bit_1.bin (or .npy)               main logits, float32 or float16, (19, 65, 129)
     DATA_DIR/gtFine/<split>/<city>/<frame>_gtFine_labelIds.png   truth, uint8, 2048 x 1024, ids 0 to 34
  -> a table on stdout, and with --json everything that was counted
+    --save_labels DIR/<frame>_predicted_labelIds.png             prediction, uint8, of the truth's size, label ids
 
 The logits are brought to the label's size (bilinear, align_corners) and the largest one is the prediction. ais_bench's
 folders for several devices (RESULT_DIR/device0, device1_1, ...) are read as well.
@@ -32,6 +33,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+AUXILIARY, MAIN = 0, 1  # the network's outputs
+LABEL_ENDING, PICTURE_ENDING = "_gtFine_labelIds.png", "_leftImg8bit.png"
 LOGITS_SHAPE = 19, 65, 129
 LOGITS_SIZE = 19 * 65 * 129
 SIZE_WITHOUT_CEIL_MODE = 19 * 64 * 128
@@ -60,11 +63,37 @@ CLASSES = (
     (33, "bicycle", "vehicle"),
 )
 LABEL_IDS = [label_id for label_id, _, _ in CLASSES]
+LABEL_ID_OF = np.array(LABEL_IDS, np.uint8)
 NAMES = [name for _, name, _ in CLASSES]
 CATEGORIES = list(dict.fromkeys(category for _, _, category in CLASSES))
 CATEGORY_OF = np.array([CATEGORIES.index(category) for _, _, category in CLASSES])
 LARGEST_LABEL_ID = 34
 
+# What logits must have in common with a baseline's. Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer,
+# Computation Accuracy Evaluation Indicators.
+LEAST_COSINE, LARGEST_DISTANCE = 0.99, 0.05
+
+# The network's logits stay within some tens; the largest float16 is 65504.
+HUGE_LOGIT = 1000
+
+# What lowers the mIoU, most frequent first, and how to tell.
+CAUSES = (
+    (
+        "the auxiliary output, _0, stands in the place of the main one, _1",
+        "score a folder in which their names change places",
+    ),
+    (
+        "RGB instead of BGR, or another resize",
+        "preprocess a picture with intrada_preprocess.py and cmp it with the .bin inferred",
+    ),
+    ("labelTrainIds instead of labelIds", "the label pictures hold ids up to 33, and 255 nowhere"),
+    ("another split than the results are of", "--split here and at intrada_preprocess.py"),
+    ("FP16 overflow or a lossy conversion", "--baseline with the results of intrada_infer.py"),
+    (
+        "another checkpoint",
+        "export cityscapes_easy2hard_intrada_with_norm.pth again, and score what intrada_infer.py makes of it",
+    ),
+)
 
 # torchrun's place of this process among all, and how many run on this host; without torchrun one, and no torch.
 RANK, RANKS, RANKS_HERE = (
@@ -76,51 +105,86 @@ class InputError(Exception):
     """What the user can mend; told in one line, without a traceback."""
 
 
+class Frame(NamedTuple):
+    """The files of a frame."""
+
+    name: str
+    truth: Path  # labelIds, or its picture if it has none
+    logits: Path
+    pairs: tuple[tuple[Path, Path], ...] = ()  # with --baseline each output's logits, ours and the baseline's
+    label_map: Path | None = None  # with --save_labels where its prediction goes
+
+
 class Score(NamedTuple):
-    """What frames add up to: (19, 19) int64, row = truth, column = prediction; and each frame's own figures."""
+    """What frames add up to, and each frame's own figures.
+
+    The matrices are (19, 19) int64, row = truth, column = prediction; the baseline's is 0 without one.
+    """
 
     confusion: np.ndarray
-    per_frame: list[dict[str, str | float | None]]
+    per_frame: list[dict[str, Any]]
+    baseline_confusion: np.ndarray
+    compared: list[dict[str, Any]]
 
 
 # ---------------------------------------------------------------------------------------------------- finding files
 
 
-def find_labels(data_dir: Path, split: str) -> dict[str, Path]:
-    """Find the split's labels.
+def find_frames(args: argparse.Namespace) -> list[Frame]:
+    """Find all files of all frames of the split, in the order of the truth's paths.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    truth = find_truth(args.data_dir, args.split, args.save_labels or args.baseline)
+    logits, pairs = find_logits(args.result_dir, truth, MAIN), {}
+    if args.baseline:
+        auxiliary = find_logits(args.result_dir, truth, AUXILIARY)
+        theirs = [find_logits(args.baseline, truth, output) for output in (AUXILIARY, MAIN)]
+        pairs = {name: ((auxiliary[name], theirs[0][name]), (logits[name], theirs[1][name])) for name in truth}
+    label_maps = {name: args.save_labels / f"{name}_predicted_labelIds.png" for name in truth if args.save_labels}
+    return [Frame(name, path, logits[name], pairs.get(name, ()), label_maps.get(name)) for name, path in truth.items()]
+
+
+def find_truth(data_dir: Path, split: str, unlabelled: bool) -> dict[str, Path]:
+    """Find the split's labels; its pictures if it has none and `unlabelled` ones are of use.
 
     Returns:
-        The labelIds picture of each `<city>_<sequence>_<frame>`, sorted by path.
+        The labelIds of each `<city>_<sequence>_<frame>`, or its picture, sorted by path.
 
     Raises:
         InputError: there are none, or two cities have a frame of the same name.
     """
-    folder, ending = data_dir / "gtFine" / split, "_gtFine_labelIds.png"
-    paths = sorted(folder.glob(f"*/*{ending}"))
-    if not paths:
-        raise InputError(f"{folder}: no <city>/<frame>{ending} here; DATA_DIR is the folder that holds gtFine")
-    labels = {path.name[: -len(ending)]: path for path in paths}
-    if len(labels) < len(paths):
-        raise InputError(f"{folder}: {len(paths) - len(labels)} frame names occur in two cities")
-    return labels
+    labels, pictures = data_dir / "gtFine" / split, data_dir / "leftImg8bit" / split
+    for folder, ending in ((labels, LABEL_ENDING), *([(pictures, PICTURE_ENDING)] if unlabelled else [])):
+        paths = sorted(folder.glob(f"*/*{ending}"))
+        frames = {path.name[: -len(ending)]: path for path in paths}
+        if len(frames) < len(paths):
+            raise InputError(f"{folder}: {len(paths) - len(frames)} frame names occur in two cities")
+        if frames:
+            return frames
+    alternative = f", nor {pictures}/<city>/<frame>{PICTURE_ENDING}" if unlabelled else ""
+    raise InputError(
+        f"{labels}: no <city>/<frame>{LABEL_ENDING} here{alternative}; DATA_DIR is the folder that holds gtFine"
+    )
 
 
-def find_logits(result_dir: Path, frames: list[str]) -> dict[str, Path]:
-    """Find each frame's main logits in RESULT_DIR or in ais_bench's device folders below it.
+def find_logits(result_dir: Path, frames: Iterable[str], output: int) -> dict[str, Path]:
+    """Find each frame's logits of an output in RESULT_DIR or in ais_bench's device folders below it.
 
     Raises:
         InputError: a frame has none, or two that differ.
     """
-    found = find_results(result_dir)
-    missing = [frame for frame in frames if f"{frame}_leftImg8bit_1" not in found]
+    found, frames = find_results(result_dir), list(frames)
+    missing = [frame for frame in frames if f"{frame}_leftImg8bit_{output}" not in found]
     if missing:
         raise InputError(
-            f"{result_dir}: {len(missing)} of {len(frames)} frames have no <frame>_leftImg8bit_1.bin or "
+            f"{result_dir}: {len(missing)} of {len(frames)} frames have no <frame>_leftImg8bit_{output}.bin or "
             f".npy{why_missing(missing, found)}: {first_five(missing)}"
         )
-    logits = {frame: choose_one(found.pop(f"{frame}_leftImg8bit_1")) for frame in frames}
-    strangers = sorted(stem for stem in found if stem.endswith("_leftImg8bit_1"))
-    if strangers and RANK == 0:
+    logits = {frame: choose_one(found.pop(f"{frame}_leftImg8bit_{output}")) for frame in frames}
+    strangers = sorted(stem for stem in found if stem.endswith(f"_leftImg8bit_{output}"))
+    if strangers and RANK == 0 and output == MAIN:
         print(
             f"warning: {result_dir}: {len(strangers)} results belong to no frame of this split and count nowhere: "
             f"{first_five(strangers)}",
@@ -161,7 +225,7 @@ def choose_one(paths: list[Path]) -> Path:
 
 def why_missing(missing: list[str], found: dict[str, list[Path]]) -> str:
     """Say what is known of frames without main logits."""
-    if all(f"{frame}_leftImg8bit_0" in found for frame in missing):
+    if all(f"{frame}_leftImg8bit_{AUXILIARY}" in found for frame in missing):
         return " (only the auxiliary output, _0: the model must have both)"
     return " (infer them first; RESULT_DIR is what ais_bench filled, as result/result_bs1)"
 
@@ -205,13 +269,15 @@ def read_logits(path: Path) -> np.ndarray:
 
 
 def read_truth(path: Path) -> np.ndarray:
-    """Read (H, W) uint8 label ids.
+    """Read (H, W) uint8 label ids; of a picture, which has none, only the size.
 
     Raises:
         InputError: it is no whole picture of one 8-bit channel.
     """
     try:
         image = Image.open(path)
+        if path.name.endswith(PICTURE_ENDING):
+            return np.zeros(image.size[::-1], np.uint8)
         image.load()
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for a damaged PNG
         reason = getattr(error, "strerror", None) or f"not a whole PNG: {error}"
@@ -340,30 +406,135 @@ def count_pixels(truth, prediction, counts):
             counts[truth[y, x], prediction[y, x]] += 1
 
 
+@compiled
+def count_flips(prediction, baseline, baseline_logits_hwc, y_start, y_weight, x_start, x_weight, difference):
+    """Count the pixels whose labels differ, and those of them whose two largest logits lie within `difference`."""
+    rows, columns, _ = baseline_logits_hwc.shape
+    flips = harmless = 0
+    for i in range(rows):
+        below = min(i + 1, rows - 1)
+        for j in range(columns):
+            right = min(j + 1, columns - 1)
+            for y in range(y_start[i], y_start[i + 1]):
+                for x in range(x_start[j], x_start[j + 1]):
+                    if prediction[y, x] != baseline[y, x]:
+                        upper = mix(baseline_logits_hwc[i, j], baseline_logits_hwc[i, right], x_weight[x])
+                        lower = mix(baseline_logits_hwc[below, j], baseline_logits_hwc[below, right], x_weight[x])
+                        second, first = np.sort(mix(upper, lower, y_weight[y]))[-2:]
+                        flips += 1
+                        harmless += first - second <= difference
+    return flips, harmless
+
+
+@compiled
+def mix(start, end, weight):
+    return start * (np.float32(1) - weight) + end * weight
+
+
+def measure_distance(ours: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """Compute cosine similarity, relative Euclidean distance, largest and mean absolute difference of two arrays.
+
+    The relative distance is that of the two divided by the baseline's length. Where one is all zeros, and so has no
+    direction, two equal ones have cosine 1 and distance 0, others 0 and 1. All sums run in float64.
+    """
+    ours, baseline = ours.astype(np.float64), baseline.astype(np.float64)
+    difference = np.abs(ours - baseline)
+    product, squares = (ours * baseline).sum(), (ours * ours).sum() * (baseline * baseline).sum()
+    equal = float(not difference.any())
+    distance = np.sqrt((difference**2).sum() / (baseline**2).sum()) if squares else 1 - equal
+    return {
+        "cosine": min(float(product / np.sqrt(squares)), 1.0) if squares else equal,
+        "relative_distance": float(distance),
+        "largest_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+    }
+
+
 buffers = threading.local()
 
 
-def score(frame: str, logits_path: Path, truth_path: Path) -> Score:
-    """Score one frame.
+def predict_frame(logits: np.ndarray, size: tuple[int, int], buffer: str) -> np.ndarray:
+    """Predict (H, W) uint8 train ids into this thread's buffer of that name, valid until its next use."""
+    if getattr(buffers, buffer, np.empty(0)).shape != size:
+        setattr(buffers, buffer, np.empty(size, np.uint8))
+    predict(logits, getattr(buffers, buffer))
+    return getattr(buffers, buffer)
+
+
+def score(frame: Frame) -> Score:
+    """Score one frame; write its label map and compare it with the baseline's where that is asked for.
 
     Raises:
-        InputError: a file is damaged, or the truth holds what no label id is.
+        InputError: a file is damaged or cannot be written, or the truth holds what no label id is.
     """
-    truth = read_truth(truth_path)
-    if getattr(buffers, "prediction", truth[:0]).shape != truth.shape:
-        buffers.prediction = np.empty(truth.shape, np.uint8)
-    predict(read_logits(logits_path), buffers.prediction)
+    truth, logits = read_truth(frame.truth), read_logits(frame.logits)
+    prediction = predict_frame(logits, truth.shape, "prediction")
+    counts = count_by_label(frame, truth, prediction)
+    if frame.label_map:
+        write_label_map(frame.label_map, prediction)
+    confusion = counts[LABEL_IDS]
+    row = {
+        "frame": frame.name,
+        "miou": mean_of_known(iou_of(confusion)),
+        "ignored_pixels": int(truth.size - confusion.sum()),
+        "predicted_classes": int(np.count_nonzero(counts.sum(axis=0))),
+        "smallest_logit": float(logits.min()),
+        "largest_logit": float(logits.max()),
+    }
+    if not frame.pairs:
+        return Score(confusion, [row], np.zeros_like(confusion), [])
+    return Score(confusion, [row], *compare(frame, truth, prediction))
+
+
+def count_by_label(frame: Frame, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Count the pixels of each label id and predicted class, (256, 19) int64.
+
+    Raises:
+        InputError: the truth holds what no label id is.
+    """
     counts = np.zeros((256, len(CLASSES)), np.int64)
-    count_pixels(truth, buffers.prediction, counts)
+    count_pixels(truth, prediction, counts)
     strange = np.flatnonzero(counts.sum(axis=1)[LARGEST_LABEL_ID + 1 :]) + LARGEST_LABEL_ID + 1
     if strange.size:
         raise InputError(
-            f"{truth_path}: label ids {first_five([str(s) for s in strange])}; expected 0 to "
+            f"{frame.truth}: label ids {first_five([str(s) for s in strange])}; expected 0 to "
             f"{LARGEST_LABEL_ID}, so labelIds and not labelTrainIds or colours"
         )
-    confusion = counts[LABEL_IDS]
-    ignored = int(truth.size - confusion.sum())
-    return Score(confusion, [{"frame": frame, "miou": mean_of_known(iou_of(confusion)), "ignored_pixels": ignored}])
+    return counts
+
+
+def compare(frame: Frame, truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Compare a frame's logits and prediction with the baseline's.
+
+    Returns:
+        The baseline's confusion matrix, and one row: what measure_distance tells of each output, and of the pixels how
+        many there are, how many have other labels, and how many of those lie where the baseline's two largest logits
+        are closer than the main outputs' largest difference, so that rounding alone may turn them.
+    """
+    outputs = []
+    for paths in frame.pairs:
+        logits, baseline_logits = map(read_logits, paths)
+        outputs.append(measure_distance(logits, baseline_logits))
+    baseline = predict_frame(baseline_logits, truth.shape, "baseline")
+    logits_hwc = np.ascontiguousarray(baseline_logits.transpose(1, 2, 0))
+    grid = *grid_cells(LOGITS_SHAPE[1], truth.shape[0]), *grid_cells(LOGITS_SHAPE[2], truth.shape[1])
+    flips, harmless = count_flips(prediction, baseline, logits_hwc, *grid, outputs[MAIN]["largest_difference"])
+    row = {"frame": frame.name, "outputs": outputs, "pixels": truth.size, "flips": flips, "harmless": harmless}
+    return count_by_label(frame, truth, baseline)[LABEL_IDS], [row]
+
+
+def write_label_map(path: Path, prediction: np.ndarray) -> None:
+    """Write train ids (H, W) as the PNG of label ids that Cityscapes' evaluator reads, beside, then rename.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        Image.fromarray(LABEL_ID_OF[prediction]).save(part, "PNG", compress_level=1)
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def keep_memory() -> None:
@@ -374,7 +545,7 @@ def keep_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: whose free end stays
 
 
-def score_all(frames: list[str], logits: dict[str, Path], labels: dict[str, Path], workers: int) -> Score:
+def score_all(frames: list[Frame], workers: int) -> Score:
     """Score frames in threads; the compiled loops and Pillow's decoder leave the interpreter free.
 
     Raises:
@@ -382,12 +553,12 @@ def score_all(frames: list[str], logits: dict[str, Path], labels: dict[str, Path
     """
     faults = []
 
-    def score_or_fault(frame: str) -> Score:
+    def score_or_fault(frame: Frame) -> Score:
         try:
-            return score(frame, logits[frame], labels[frame])
+            return score(frame)
         except InputError as error:
             faults.append(str(error))
-            return Score(np.zeros((len(CLASSES), len(CLASSES)), np.int64), [])
+            return add_up([])
 
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -403,11 +574,15 @@ def score_all(frames: list[str], logits: dict[str, Path], labels: dict[str, Path
 
 def add_up(scores: Iterable[Score]) -> Score:
     """Add scores up, frames in the order of their names."""
-    confusion, per_frame = np.zeros((len(CLASSES), len(CLASSES)), np.int64), []
+    total = Score(
+        np.zeros((len(CLASSES), len(CLASSES)), np.int64), [], np.zeros((len(CLASSES), len(CLASSES)), np.int64), []
+    )
     for part in scores:
-        confusion += part.confusion
-        per_frame += part.per_frame
-    return Score(confusion, sorted(per_frame, key=lambda row: row["frame"]))
+        for sum_of_all, value in zip(total, part):
+            sum_of_all += value  # matrices are added, lists joined
+    for rows in (total.per_frame, total.compared):
+        rows.sort(key=lambda row: row["frame"])
+    return total
 
 
 def iou_of(confusion: np.ndarray) -> np.ndarray:
@@ -427,36 +602,43 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def mean_of_known(values: np.ndarray) -> float | None:
     """Average what is not NaN; None if nothing is left."""
-    return float(np.nanmean(values)) if not np.isnan(values).all() else None
+    return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def summarise(score: Score, split: str) -> dict:
+def summarise(score: Score, args: argparse.Namespace) -> dict:
     """Compute the metrics of the whole split from the summed confusion matrix, as fractions from 0 to 1.
 
     `miou` is the mean IoU over the classes that occur in truth or prediction, each class's IoU counted over all frames
-    at once. `mean_class_accuracy` is the mean recall over the classes in truth. Pixels without a class count nowhere.
+    at once. `mean_class_accuracy` is the mean recall over the classes in truth. Pixels without a class count nowhere,
+    and where there are no others every metric is None.
 
     Raises:
-        InputError: no pixel of the split has a class.
+        InputError: no pixel of the split has a class, and metrics are all that was asked for.
     """
     confusion = score.confusion
-    if not confusion.sum():
-        raise InputError(f"no pixel of split {split} has a class; the labels of Cityscapes' test split are blank")
+    if not confusion.sum() and (args.expect is not None or not (args.save_labels or args.baseline)):
+        raise InputError(f"no pixel of split {args.split} has a class; the labels of Cityscapes' test split are blank")
     iou, truth = iou_of(confusion), confusion.sum(axis=1)
     by_category = np.zeros((len(CATEGORIES), len(CATEGORIES)), np.int64)
     np.add.at(by_category, (CATEGORY_OF[:, None], CATEGORY_OF), confusion)
-    return {
-        "split": split,
+    metrics = {
+        "split": args.split,
+        "result_dir": str(args.result_dir),
         "frames": len(score.per_frame),
         "miou": mean_of_known(iou),
         "iou": by_name(NAMES, iou),
         "category_iou": by_name(CATEGORIES, iou_of(by_category)),
-        "pixel_accuracy": float(np.trace(confusion) / truth.sum()),
+        "pixel_accuracy": mean_of_known(ratio(np.trace(confusion), truth.sum())),
         "mean_class_accuracy": mean_of_known(ratio(np.diag(confusion), truth)),
-        "frequency_weighted_iou": float((truth * np.nan_to_num(iou)).sum() / truth.sum()),
+        "frequency_weighted_iou": mean_of_known(ratio((truth * np.nan_to_num(iou)).sum(), truth.sum())),
         "confusion_matrix": confusion.tolist(),
         "per_frame": score.per_frame,
     }
+    if args.expect is not None:
+        metrics["expected"] = judge_miou(metrics["miou"], args.expect, args.tolerance)
+    if args.baseline:
+        metrics["baseline"] = {"result_dir": str(args.baseline), **summarise_baseline(score, iou)}
+    return metrics
 
 
 def by_name(names: list[str], values: np.ndarray) -> dict[str, float | None]:
@@ -464,26 +646,148 @@ def by_name(names: list[str], values: np.ndarray) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values)}
 
 
+def judge_miou(miou: float, percent: float, tolerance: float) -> dict:
+    """Tell whether the mIoU is the expected one, the tolerance's edges included whatever floats make of them."""
+    passed = round(abs(100 * miou - percent), 9) <= tolerance
+    return {"percent": percent, "tolerance": tolerance, "passed": passed}
+
+
+def summarise_baseline(score: Score, iou: np.ndarray) -> dict:
+    """Sum the comparison up: logits by output, as the worst frame and the mean of frames; labels over all pixels."""
+    rows, baseline_iou = score.compared, iou_of(score.baseline_confusion)
+    measures = rows[0]["outputs"][MAIN]
+    outputs = [{measure: worst_and_mean(rows, output, measure) for measure in measures} for output in (AUXILIARY, MAIN)]
+    pixels, flips, harmless = (sum(row[key] for row in rows) for key in ("pixels", "flips", "harmless"))
+    agreement = [{"frame": row["frame"], "agreement": 1 - row["flips"] / row["pixels"]} for row in rows]
+    return {
+        "miou": mean_of_known(baseline_iou),
+        "iou": by_name(NAMES, baseline_iou),
+        "iou_change": by_name(NAMES, iou - baseline_iou),
+        "outputs": outputs,
+        "agreement": 1 - flips / pixels,
+        "flips": flips,
+        "harmless_flips": harmless / flips if flips else None,
+        "least_agreeing": sorted(agreement, key=lambda row: row["agreement"])[:5],
+        "least_cosine": LEAST_COSINE,
+        "largest_relative_distance": LARGEST_DISTANCE,
+        "passed": not [failure for output in (AUXILIARY, MAIN) for failure in find_failures(outputs[output])],
+    }
+
+
+def worst_and_mean(rows: list[dict], output: int, measure: str) -> dict[str, Any]:
+    """Find the worst frame by a measure of an output; of cosine the least is worst, of distances the largest."""
+    values = [row["outputs"][output][measure] for row in rows]
+    worst = (min if measure == "cosine" else max)(values)
+    return {"worst": worst, "mean": float(np.mean(values)), "worst_frame": rows[values.index(worst)]["frame"]}
+
+
+def find_failures(output: dict[str, dict]) -> list[str]:
+    """Say what of an output lies outside the thresholds."""
+    cosine, distance = output["cosine"], output["relative_distance"]
+    failures = []
+    if not cosine["worst"] >= LEAST_COSINE:
+        failures.append(f"cosine {cosine['worst']:.6f} at {cosine['worst_frame']}")
+    if not distance["worst"] <= LARGEST_DISTANCE:
+        failures.append(f"relative distance {distance['worst']:.6f} at {distance['worst_frame']}")
+    return failures
+
+
+def find_causes(metrics: dict, frames: list[Frame], args: argparse.Namespace) -> list[str]:
+    """Look in the data at hand for what lowers the mIoU; every rank takes part."""
+    rows, causes = metrics["per_frame"], []
+    auxiliary = score_auxiliary(frames, args)
+    if auxiliary is not None and auxiliary > metrics["miou"]:
+        causes.append(f"the auxiliary output, _0, scores better, mIoU {percent(auxiliary)}: were the outputs swapped?")
+    if all(row["smallest_logit"] == row["largest_logit"] for row in rows):
+        causes.append("the logits of every frame are constant: the model did not compute, or its input was not read")
+    elif all(row["predicted_classes"] == 1 for row in rows):
+        causes.append("every frame predicts one class: the weights are not loaded, or the input is not the picture")
+    largest = max(max(abs(row["smallest_logit"]), abs(row["largest_logit"])) for row in rows)
+    if largest > HUGE_LOGIT:
+        causes.append(f"logits up to {largest:.0f}, where some tens are usual: overflow of FP16, or another network")
+    return causes
+
+
+def score_auxiliary(frames: list[Frame], args: argparse.Namespace) -> float | None:
+    """Compute the mIoU of the auxiliary output; None if the folder does not hold it."""
+    try:
+        logits = find_logits(args.result_dir, [frame.name for frame in frames], AUXILIARY)
+    except InputError:
+        return None
+    scored = score_ranks([Frame(frame.name, frame.truth, logits[frame.name]) for frame in frames], args)
+    return mean_of_known(iou_of(scored.confusion))
+
+
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
+def format_report(metrics: dict, args: argparse.Namespace) -> str:
+    """Lay all results out for a terminal; without --baseline and --expect the mIoU is the last line."""
+    parts = [f"no metrics: no pixel of split {args.split} has a class"]
+    if metrics["miou"] is not None:
+        parts = [format_table(metrics), f"mIoU = {percent(metrics['miou'])}"]
+    if args.save_labels:
+        parts.insert(-1, f"{metrics['frames']} label maps in {args.save_labels}")
+    if args.baseline:
+        parts.append(format_baseline(metrics["baseline"]))
+    if args.expect is not None:
+        word, near = ("PASS", "within") if metrics["expected"]["passed"] else ("FAIL", "not within")
+        parts.append(f"{word}: mIoU {percent(metrics['miou'])} is {near} {args.tolerance:g} of {args.expect:g}")
+    return "\n\n".join(parts)
+
+
 def format_table(metrics: dict) -> str:
-    """Lay the metrics out in percent, class by class, the mIoU by itself in the last line."""
-    confusion = np.array(metrics["confusion_matrix"])
+    """Lay the metrics out in percent, class by class; with a baseline its IoU and the change in percent points."""
+    confusion, baseline = np.array(metrics["confusion_matrix"]), metrics.get("baseline")
     truth = confusion.sum(axis=1)
     columns = list(metrics["iou"].values()), ratio(np.diag(confusion), truth), truth / truth.sum()
     lines = [f"{'class':<15}{'IoU %':>8}{'recall %':>10}{'of truth %':>12}"]
     for name, iou, recall, share in zip(NAMES, *columns):
         lines.append(f"{name:<15}{percent(iou):>8}{percent(recall):>10}{percent(share):>12}")
-    lines.append(f"{'mean':<15}{percent(metrics['miou']):>8}{percent(metrics['mean_class_accuracy']):>10}")
-    lines.append(f"\n{metrics['frames']} frames, pixel accuracy {percent(metrics['pixel_accuracy'])} %\n")
-    lines.append(f"mIoU = {percent(metrics['miou'])}")
+    lines.append(f"{'mean':<15}{percent(metrics['miou']):>8}{percent(metrics['mean_class_accuracy']):>10}{'':>12}")
+    if baseline:
+        lines[0] += f"{'baseline %':>12}{'change':>8}"
+        for n, name in enumerate(NAMES, 1):
+            lines[n] += f"{percent(baseline['iou'][name]):>12}{percent(baseline['iou_change'][name], '+'):>8}"
+        lines[-1] += f"{percent(baseline['miou']):>12}{percent(metrics['miou'] - baseline['miou'], '+'):>8}"
+    lines.append(f"\n{metrics['frames']} frames, pixel accuracy {percent(metrics['pixel_accuracy'])} %")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def format_baseline(baseline: dict) -> str:
+    """Lay the comparison out, its verdict last."""
+    lines = [f"{'logits against the baseline':<31}{'worst':>10}{'mean':>12}  worst frame"]
+    for n, output in enumerate(baseline["outputs"]):
+        for measure, of in output.items():
+            name = f"output {n}, {measure.replace('_', ' ')}"
+            lines.append(f"{name:<31}{of['worst']:>10.6f}{of['mean']:>12.6f}  {of['worst_frame']}")
+    least = ", ".join(f"{row['frame']} {percent(row['agreement'])}" for row in baseline["least_agreeing"])
+    lines.append(f"\nlabels agree at {percent(baseline['agreement'])} % of the pixels, least at {least}")
+    if baseline["flips"]:
+        lines.append(
+            f"{baseline['flips']} pixels differ, {percent(baseline['harmless_flips'])} % of them where the baseline's "
+            "two largest logits are closer than the frame's largest difference"
+        )
+    failures = [f"output {n}: {failure}" for n, of in enumerate(baseline["outputs"]) for failure in find_failures(of)]
+    limits = f"cosine at least {LEAST_COSINE} and relative distance at most {LARGEST_DISTANCE}"
+    lines.append(
+        f"\nFAIL: the baseline asks for {limits}; {'; '.join(failures)}"
+        if failures
+        else f"\nPASS: {limits} at every frame and output"
+    )
     return "\n".join(lines)
 
 
-def percent(fraction: float | None) -> str:
-    """Format a fraction as percent, or a dash where there is none."""
-    return "-" if fraction is None or np.isnan(fraction) else f"{100 * fraction:.2f}"
+def format_causes(found: list[str]) -> str:
+    """List what the data tells, then what it cannot, with the way to check it."""
+    told = [f"- {cause}" for cause in found] or ["- nothing in the data at hand tells the cause"]
+    likely = [f"- {cause}: {check}" for cause, check in CAUSES]
+    return "\n".join(["found:", *told, "likely causes, and how to check each:", *likely])
+
+
+def percent(fraction: float | None, sign: str = "") -> str:
+    """Format a fraction as percent, or a dash where there is none; + 0 takes the sign off -0."""
+    return "-" if fraction is None or np.isnan(fraction) else f"{round(100 * fraction, 2) + 0:{sign}.2f}"
 
 
 def write_json(path: Path, metrics: dict) -> None:
@@ -533,29 +837,58 @@ def positive(text: str) -> int:
     return value
 
 
+def percentage(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise ValueError
+    return value
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score logits against the Cityscapes labels: IoU by class and mIoU.")
-    parser.add_argument("data_dir", metavar="DATA_DIR", type=Path, help="Cityscapes, holds gtFine/")
-    parser.add_argument("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, as result/result_bs1")
-    parser.add_argument("--split", default="val", help="folder below gtFine (default: %(default)s)")
-    parser.add_argument("--workers", metavar="N", type=positive, help="threads (default: one for each processor)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all metrics and the confusion matrix here")
+    add = parser.add_argument
+    add("data_dir", metavar="DATA_DIR", type=Path, help="Cityscapes, holds gtFine/")
+    add("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, as result/result_bs1")
+    add("--split", default="val", help="folder below gtFine (default: %(default)s)")
+    add("--workers", metavar="N", type=positive, help="threads (default: one for each processor)")
+    add("--json", metavar="FILE", type=Path, help="write all metrics and the confusion matrix here")
+    add("--save_labels", metavar="DIR", type=Path, help="write each frame's prediction here, as PNG of label ids")
+    add(
+        "--baseline", metavar="RESULT_DIR", type=Path, help="compare with these results; exit 1 if they are too far off"
+    )
+    add("--expect", metavar="PERCENT", type=percentage, help="mIoU to hold against; exit 1 and likely causes if missed")
+    add(
+        "--tolerance",
+        metavar="POINTS",
+        type=percentage,
+        default=0.1,
+        help="with --expect, difference allowed, in percent points (default: %(default)s)",
+    )
     return parser.parse_args(argv)
+
+
+def score_ranks(frames: list[Frame], args: argparse.Namespace) -> Score:
+    """Score this rank's share of the frames and add up all ranks'."""
+    return add_up(gather(score_all(frames[RANK::RANKS], args.workers or processors())))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    labels = find_labels(args.data_dir, args.split)
-    logits = find_logits(args.result_dir, list(labels))
+    frames = find_frames(args)
     keep_memory()
     join_ranks()
-    score = score_all(list(labels)[RANK::RANKS], logits, labels, args.workers or processors())
-    metrics = summarise(add_up(gather(score)), args.split)
+    if args.save_labels:
+        args.save_labels.mkdir(parents=True, exist_ok=True)
+    metrics = summarise(score_ranks(frames, args), args)
+    missed = args.expect is not None and not metrics["expected"]["passed"]
+    causes = find_causes(metrics, frames, args) if missed else []
     if RANK == 0:
-        print(format_table(metrics))
+        print(format_report(metrics, args))
+        if missed:
+            print(format_causes(causes))
         if args.json:
             write_json(args.json, metrics)
-    return 0
+    return int(missed or bool(args.baseline and not metrics["baseline"]["passed"]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import torch
+from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as CityscapesEvaluation
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -61,8 +63,16 @@ def test_the_golden_frame_gives_the_reference_matrix_and_iou(golden_results, tmp
     assert metrics["confusion_matrix"] == expected["confusion"]
     assert list(metrics["iou"].values()) == pytest.approx(expected["iou"], abs=1e-12)
     assert metrics["miou"] == pytest.approx(expected["miou"], abs=1e-12)
+    logits = golden_logits()
     assert metrics["per_frame"] == [
-        {"frame": GOLDEN_FRAME, "miou": metrics["miou"], "ignored_pixels": expected["ignored_pixels"]}
+        {
+            "frame": GOLDEN_FRAME,
+            "miou": metrics["miou"],
+            "ignored_pixels": expected["ignored_pixels"],
+            "predicted_classes": 19,
+            "smallest_logit": logits.min(),
+            "largest_logit": logits.max(),
+        }
     ]
     assert (metrics["frames"], metrics["split"]) == (1, "val")
 
@@ -183,7 +193,8 @@ def test_classes_are_scored_over_all_frames_at_once(tmp_path):
     assert metrics["category_iou"]["vehicle"] == pytest.approx(bicycle_iou)
     assert metrics["category_iou"]["human"] is None
     assert [frame["ignored_pixels"] for frame in metrics["per_frame"]] == [0, 30 * 129]
-    assert metrics["per_frame"][1] == {"frame": "ulm_000000_000000", "miou": 1.0, "ignored_pixels": 30 * 129}
+    assert metrics["per_frame"][1]["miou"] == 1.0
+    assert [frame["predicted_classes"] for frame in metrics["per_frame"]] == [3, 2]  # sky is predicted where ignored
 
 
 def test_confusion_inside_a_category_does_not_hurt_the_category(tmp_path):
@@ -227,6 +238,344 @@ def test_the_json_is_the_same_bytes_for_any_number_of_workers(tmp_path):
         run(SCRIPT, tmp_path, tmp_path / "r", "--workers", workers, "--json", tmp_path / "m.json")
         written.add((tmp_path / "m.json").read_bytes())
     assert len(written) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- label maps
+
+
+def test_cityscapes_own_evaluator_gives_the_same_iou_of_every_class_and_category(golden_results, tmp_path):
+    data = shutil.copytree(GOLDEN_DATA_DIR, tmp_path / "data")
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        truth = rng.choice([*range(19), 255], (65, 129))
+        prediction = np.where(rng.random((65, 129)) < 0.6, truth % 19, rng.integers(0, 19, (65, 129)))
+        add_frame(data, f"ulm_000000_{n:06}", truth, prediction)
+    for path in golden_results.iterdir():
+        shutil.copy(path, data / "r")
+    metrics = metrics_of(data, data / "r", "--save_labels", tmp_path / "labels")
+
+    settings = CityscapesEvaluation.args
+    settings.evalInstLevelScore, settings.quiet, settings.predictionPath = False, True, str(tmp_path / "labels")
+    truths = [str(path) for path in sorted(data.glob("gtFine/val/*/*_labelIds.png"))]
+    predictions = [CityscapesEvaluation.getPrediction(settings, path) for path in truths]
+    found = CityscapesEvaluation.evaluateImgLists(predictions, truths, settings)
+    assert metrics["iou"] == {name: found["classScores"][name] for name in metrics["iou"]}
+    assert metrics["category_iou"] == {name: found["categoryScores"][name] for name in metrics["category_iou"]}
+    assert metrics["miou"] == pytest.approx(found["averageScoreClasses"], abs=1e-15)
+    assert metrics["frames"] == 4
+
+
+def test_a_label_map_is_the_golden_prediction_in_label_ids(golden_results, tmp_path):
+    done = run(SCRIPT, GOLDEN_DATA_DIR, golden_results, "--save_labels", tmp_path / "new" / "labels")
+    (path,) = (tmp_path / "new" / "labels").iterdir()
+    assert path.name == f"{GOLDEN_FRAME}_predicted_labelIds.png"
+    label_map = np.asarray(Image.open(path))
+    assert (label_map.dtype, label_map.shape) == (np.uint8, (1024, 2048))
+    train_ids = np.searchsorted(LABEL_IDS, label_map).astype(np.uint8)
+    assert hashlib.sha256(train_ids.tobytes()).hexdigest() == GOLDEN["evaluate"]["prediction_sha256"]
+    assert f"\n1 label maps in {tmp_path}/new/labels\n" in done.stdout
+    assert done.stdout.endswith("\nmIoU = 83.87\n")
+
+
+def test_a_split_without_labels_gets_label_maps_of_its_pictures_size_and_no_metrics(tmp_path):
+    add_frame(tmp_path, "ulm_000000_000000", np.zeros((65, 129), int), np.full((65, 129), 18))
+    shutil.rmtree(tmp_path / "gtFine")
+    picture = tmp_path / "leftImg8bit" / "test" / "ulm" / "ulm_000000_000000_leftImg8bit.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (48, 32)).save(picture)
+    options = "--split", "test", "--save_labels", tmp_path / "labels", "--json", tmp_path / "m.json"
+    done = run(SCRIPT, tmp_path, tmp_path / "r", *options)
+    assert done.stdout == f"1 label maps in {tmp_path}/labels\n\nno metrics: no pixel of split test has a class\n"
+    (label_map,) = (tmp_path / "labels").iterdir()
+    np.testing.assert_array_equal(np.asarray(Image.open(label_map)), np.full((32, 48), 33))
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert (metrics["frames"], metrics["miou"], set(metrics["iou"].values())) == (1, None, {None})
+    assert metrics["pixel_accuracy"] is None
+    for refused in ([], ["--expect", 47.01]):
+        assert (
+            f"{tmp_path}/gtFine/test: no <city>/<frame>_gtFine_labelIds.png here; DATA_DIR is the folder"
+            in error_of(SCRIPT, tmp_path, tmp_path / "r", "--split", "test", *refused)
+        )
+    assert error_of(SCRIPT, tmp_path, tmp_path / "r", *options, "--expect", 47.01).startswith("no pixel of split test")
+
+
+def test_a_picture_without_results_is_named_where_there_are_no_labels(golden_results, tmp_path):
+    for name in (GOLDEN_FRAME, "frankfurt_999999_000002"):
+        picture = tmp_path / "leftImg8bit" / "test" / "frankfurt" / f"{name}_leftImg8bit.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 32)).save(picture)
+    message = error_of(SCRIPT, tmp_path, golden_results, "--split", "test", "--save_labels", tmp_path / "labels")
+    assert message.startswith(f"{golden_results}: 1 of 2 frames have no ")
+    assert message.endswith("frankfurt_999999_000002")
+    assert not (tmp_path / "labels").exists()
+
+
+def test_blank_labels_as_of_cityscapes_test_give_label_maps_and_no_metrics(tmp_path):
+    add_frame(tmp_path, "ulm_000000_000000", np.full((65, 129), 255), np.full((65, 129), 3))
+    done = run(SCRIPT, tmp_path, tmp_path / "r", "--save_labels", tmp_path / "labels")
+    assert done.stdout.endswith("\nno metrics: no pixel of split val has a class\n")
+
+
+def test_a_label_map_that_cannot_be_written_is_told(golden_results, tmp_path):
+    blocked = tmp_path / "labels" / f"{GOLDEN_FRAME}_predicted_labelIds.png"
+    blocked.mkdir(parents=True)
+    message = error_of(SCRIPT, GOLDEN_DATA_DIR, golden_results, "--save_labels", tmp_path / "labels")
+    assert message.startswith(f"1 of 1 frames cannot be scored: {blocked}: cannot be written: ")
+
+
+# ---------------------------------------------------------------------------------------------------- expectations
+
+
+@pytest.fixture
+def quarter(tmp_path) -> Path:
+    """A folder whose mIoU is 25 %: half of all road is called sky."""
+    prediction = np.zeros((65, 130), int)[:, :129]
+    prediction[32:] = 10
+    truth = np.zeros((65, 129), int)
+    truth[32] = 255
+    add_frame(tmp_path, "ulm_000000_000000", truth, prediction)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("expect", "tolerance", "passed"),
+    [
+        (25, 0, True),
+        (25.1, 0.1, True),  # in floats 25.1 - 25 is more than 0.1
+        (24.9, 0.1, True),
+        (25.11, 0.1, False),
+        (24.89, 0.1, False),
+        (25.0001, 0, False),
+    ],
+)
+def test_an_expected_miou_passes_up_to_the_tolerance_s_edges(quarter, expect, tolerance, passed):
+    options = "--expect", expect, "--tolerance", tolerance, "--json", quarter / "m.json"
+    done = run(SCRIPT, quarter, quarter / "r", *options, status=0 if passed else 1)
+    verdict = f"PASS: mIoU 25.00 is within {tolerance} of {expect}"
+    if not passed:
+        verdict = f"FAIL: mIoU 25.00 is not within {tolerance} of {expect}"
+    assert f"\nmIoU = 25.00\n\n{verdict}\n" in done.stdout
+    assert done.stdout.endswith(f"{verdict}\n") == passed
+    expected = {"percent": expect, "tolerance": tolerance, "passed": passed}
+    assert json.loads((quarter / "m.json").read_text())["expected"] == expected
+
+
+@pytest.mark.parametrize("value", ["-1", "101", "nan", "many"])
+def test_an_expectation_that_is_no_percentage_is_wrong_usage(golden_results, value):
+    run(SCRIPT, GOLDEN_DATA_DIR, golden_results, f"--expect={value}", status=2)
+
+
+def found_causes(folder: Path) -> list[str]:
+    """Return what is found in the data to explain a missed expectation."""
+    stdout = run(SCRIPT, folder, folder / "r", "--expect", 99, status=1).stdout
+    found, likely = re.search(r"\nfound:\n(.*)\nlikely causes.*?:\n(.*)", stdout, re.DOTALL).groups()
+    assert len(likely.splitlines()) == len(postprocess.CAUSES)
+    return found.splitlines()
+
+
+def test_no_cause_is_found_where_the_data_tells_none(quarter):
+    assert found_causes(quarter) == ["- nothing in the data at hand tells the cause"]
+
+
+def test_an_auxiliary_output_that_scores_better_is_told(quarter):
+    auxiliary = quarter / "r" / "ulm_000000_000000_leftImg8bit_0.bin"
+    logits = np.zeros((19, 65, 129), "<f4")
+    logits[0] = 1
+    logits[1, 0, 0] = 2  # some pixels wrong, but fewer than of the main output
+    logits.tofile(auxiliary)
+    (cause,) = found_causes(quarter)
+    assert re.match(r"- the auxiliary output, _0, scores better, mIoU 49\.\d\d: were the outputs swapped\?", cause)
+    (quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin").replace(auxiliary)
+    logits.tofile(quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin")
+    assert found_causes(quarter) == ["- nothing in the data at hand tells the cause"]
+
+
+def test_frames_of_one_class_each_are_told(quarter):
+    for n, train_id in enumerate((3, 4)):
+        add_frame(quarter, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.full((65, 129), train_id))
+    assert found_causes(quarter) == [
+        "- every frame predicts one class: the weights are not loaded, or the input is not the picture"
+    ]
+    add_frame(quarter, "ulm_000000_000002", np.zeros((65, 129), int), np.arange(65 * 129).reshape(65, 129) % 2)
+    assert found_causes(quarter) == ["- nothing in the data at hand tells the cause"]
+
+
+def test_constant_logits_are_told(quarter):
+    np.full((19, 65, 129), 7, "<f4").tofile(quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin")
+    assert found_causes(quarter) == [
+        "- the logits of every frame are constant: the model did not compute, or its input was not read"
+    ]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_huge_logits_are_told(quarter, sign):
+    path = quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin"
+    logits = np.fromfile(path, "<f4").reshape(19, 65, 129)
+    logits[5, 0, 0] = sign * 65504
+    logits.tofile(path)
+    assert found_causes(quarter) == [
+        "- logits up to 65504, where some tens are usual: overflow of FP16, or another network"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- baselines
+
+
+def add_results(folder: Path, name: str, frames: int, noise: float) -> dict[tuple[int, int], np.ndarray]:
+    """Add both outputs' logits of frames, smooth, and with noise on top that differs from folder to folder."""
+    (folder / name).mkdir()
+    logits = {}
+    for n in range(frames):
+        for output in (0, 1):
+            coarse = torch.from_numpy(np.random.default_rng(10 * n + output).normal(0, 5, (1, 19, 9, 17)))
+            smooth = torch.nn.functional.interpolate(coarse, (65, 129), mode="bilinear", align_corners=True)[0].numpy()
+            rough = np.random.default_rng([n, output, 7]).normal(0, noise * (n + 1), smooth.shape)
+            logits[n, output] = (smooth + rough).astype("<f4")
+            logits[n, output].tofile(folder / name / f"ulm_000000_{n:06}_leftImg8bit_{output}.bin")
+    return logits
+
+
+def add_labels(folder: Path, frames: int) -> list[np.ndarray]:
+    """Add labels (130, 258) of random classes; return them as train ids."""
+    truths = []
+    for n in range(frames):
+        truths.append(np.random.default_rng(n).choice([0, 1, 2, 18, 255], (130, 258)))
+        add_frame(folder, f"ulm_000000_{n:06}", truths[-1], np.zeros((65, 129), int))
+    return truths
+
+
+def test_a_result_compared_with_itself_agrees_wholly(tmp_path):
+    add_labels(tmp_path, 2)
+    add_results(tmp_path, "ours", 2, noise=0.1)
+    baseline = metrics_of(tmp_path, tmp_path / "ours", "--baseline", tmp_path / "ours")["baseline"]
+    assert baseline["agreement"] == 1
+    assert (baseline["flips"], baseline["harmless_flips"]) == (0, None)
+    assert {change for change in baseline["iou_change"].values()} == {0}
+    for output in baseline["outputs"]:
+        figures = {measure: (of["worst"], of["mean"]) for measure, of in output.items()}
+        assert figures == {
+            "cosine": (1, 1), "relative_distance": (0, 0), "largest_difference": (0, 0), "mean_difference": (0, 0),
+        }  # fmt: skip
+    assert baseline["passed"] is True
+
+
+def test_with_noise_the_comparison_is_what_an_independent_computation_gives(tmp_path):
+    truths = add_labels(tmp_path, 3)
+    ours, theirs = add_results(tmp_path, "ours", 3, noise=0.05), add_results(tmp_path, "theirs", 3, noise=0)
+    options = "--baseline", tmp_path / "theirs", "--json", tmp_path / "m.json"
+    done = run(SCRIPT, tmp_path, tmp_path / "ours", *options)
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    baseline = metrics["baseline"]
+
+    for output in (0, 1):
+        expected = {"cosine": [], "relative_distance": [], "largest_difference": [], "mean_difference": []}
+        for n in range(3):
+            a, b = (torch.from_numpy(logits[n, output]).double().flatten() for logits in (ours, theirs))
+            expected["cosine"].append(torch.nn.functional.cosine_similarity(a, b, dim=0).item())
+            expected["relative_distance"].append((torch.dist(a, b) / b.norm()).item())
+            expected["largest_difference"].append(torch.dist(a, b, p=float("inf")).item())
+            expected["mean_difference"].append(torch.nn.functional.l1_loss(a, b).item())
+        for measure, values in expected.items():
+            found = baseline["outputs"][output][measure]
+            worst = min(values) if measure == "cosine" else max(values)
+            assert found["worst"] == pytest.approx(worst, rel=1e-9)
+            assert found["mean"] == pytest.approx(np.mean(values), rel=1e-9)
+            assert found["worst_frame"] == "ulm_000000_000002"  # the noisiest
+
+    flips, harmless, agreement, confusion = 0, 0, {}, np.zeros((2, 19, 19))
+    for n in range(3):
+        full = [
+            torch.nn.functional.interpolate(
+                torch.from_numpy(logits[n, 1])[None], (130, 258), mode="bilinear", align_corners=True
+            )[0]
+            for logits in (ours, theirs)
+        ]
+        labels = [logits.argmax(0).numpy() for logits in full]
+        differ = labels[0] != labels[1]
+        first, second = full[1].topk(2, dim=0).values.numpy()
+        flips += differ.sum()
+        harmless += (differ & (first - second <= np.abs(ours[n, 1] - theirs[n, 1]).max())).sum()
+        agreement[f"ulm_000000_{n:06}"] = 1 - differ.mean()
+        known = truths[n] != 255
+        for which in (0, 1):
+            np.add.at(confusion[which], (truths[n][known], labels[which][known]), 1)
+    assert flips > 100
+    assert baseline["flips"] == pytest.approx(flips, abs=2)  # torch may round a tie otherwise
+    assert baseline["harmless_flips"] == pytest.approx(harmless / flips, abs=0.01)
+    assert baseline["agreement"] == pytest.approx(1 - flips / (3 * 130 * 258), abs=1e-4)
+    least = {row["frame"]: row["agreement"] for row in baseline["least_agreeing"]}
+    assert list(least) == sorted(agreement, key=agreement.get)
+    assert least == pytest.approx(agreement, abs=1e-4)
+    hits = np.array([np.diag(matrix) for matrix in confusion])
+    iou = hits / (confusion.sum(axis=1) + confusion.sum(axis=2) - hits)
+    assert list(metrics["iou"].values()) == pytest.approx(list(iou[0]), abs=1e-4)
+    assert list(baseline["iou"].values()) == pytest.approx(list(iou[1]), abs=1e-4)
+    assert list(baseline["iou_change"].values()) == pytest.approx(list(iou[0] - iou[1]), abs=1e-4)
+    assert baseline["miou"] == pytest.approx(iou[1].mean(), abs=1e-4)
+    assert baseline["passed"] is True
+    assert done.stdout.endswith(
+        "\nPASS: cosine at least 0.99 and relative distance at most 0.05 at every frame and output\n"
+    )
+
+
+def test_only_the_flips_within_the_largest_difference_are_harmless(tmp_path):
+    add_labels(tmp_path, 1)
+    theirs = np.zeros((2, 19, 65, 129), "<f4")
+    theirs[1, 0] = 8
+    theirs[1, 1, :, :40] = 7  # a margin of 1 on the left, of 8 on the right
+    ours = theirs.copy()
+    ours[1, 0] -= 5
+    ours[1, 1] += 5  # turns both; the largest difference is 5
+    for name, logits in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / name).mkdir()
+        for output in (0, 1):
+            logits[output].tofile(tmp_path / name / f"ulm_000000_000000_leftImg8bit_{output}.bin")
+    run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", "--json", tmp_path / "m.json", status=1)
+    baseline = json.loads((tmp_path / "m.json").read_text())["baseline"]
+    assert (baseline["flips"], baseline["agreement"]) == (130 * 258, 0)
+    margin = 8 - 7 * np.interp(np.linspace(0, 128, 258), [39, 40], [1, 0])
+    assert baseline["harmless_flips"] == pytest.approx((margin <= 5).mean())
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_a_baseline_too_far_off_fails_and_says_where(tmp_path, output):
+    add_labels(tmp_path, 2)
+    add_results(tmp_path, "ours", 2, noise=0)
+    theirs = add_results(tmp_path, "theirs", 2, noise=0)
+    path = tmp_path / "theirs" / f"ulm_000000_000001_leftImg8bit_{output}.bin"
+    (theirs[1, output] * 1.04).tofile(path)  # cosine 1, relative distance 0.038
+    run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
+    (theirs[1, output] * 1.06).tofile(path)  # 0.057
+    done = run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", status=1)
+    assert done.stdout.splitlines()[-1] == (
+        "FAIL: the baseline asks for cosine at least 0.99 and relative distance at most 0.05; "
+        f"output {output}: relative distance 0.056604 at ulm_000000_000001"
+    )
+    assert done.stderr == ""
+
+
+def test_logits_without_direction_are_compared(tmp_path):
+    add_labels(tmp_path, 1)
+    add_results(tmp_path, "ours", 1, noise=0)
+    (tmp_path / "theirs").mkdir()
+    for output in (0, 1):
+        np.zeros((19, 65, 129), "<f4").tofile(tmp_path / "theirs" / f"ulm_000000_000000_leftImg8bit_{output}.bin")
+    run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", "--json", tmp_path / "m.json", status=1)
+    output = json.loads((tmp_path / "m.json").read_text())["baseline"]["outputs"][1]
+    assert (output["cosine"]["worst"], output["relative_distance"]["worst"]) == (0, 1)
+    run(SCRIPT, tmp_path, tmp_path / "theirs", "--baseline", tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("folder", ["ours", "theirs"])
+def test_a_frame_without_one_of_the_results_to_compare_is_named(tmp_path, folder, output):
+    add_labels(tmp_path, 2)
+    for name in ("ours", "theirs"):
+        add_results(tmp_path, name, 2, noise=0)
+    (tmp_path / folder / f"ulm_000000_000001_leftImg8bit_{output}.bin").unlink()
+    message = error_of(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
+    assert message.startswith(f"{tmp_path}/{folder}: 1 of 2 frames have no <frame>_leftImg8bit_{output}.bin or .npy")
+    assert message.endswith(": ulm_000000_000001")
 
 
 # ---------------------------------------------------------------------------------------------------- finding results

@@ -54,11 +54,23 @@ def score(folder: Path, name: str) -> list[object]:
     return ["intrada_postprocess.py", folder / "data", folder / "logits", "--json", folder / name]
 
 
-def test_ranks_score_as_one_process(folder):
-    alone = run(*score(folder, "alone.json"))
-    together = torchrun(3, *score(folder, "together.json"))
+def test_ranks_score_save_and_compare_as_one_process(folder):
+    for path in sorted((folder / "logits").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("_1.bin", "_0.bin")))
+    shutil.copytree(folder / "logits", folder / "baseline")
+    wrong = folder / "baseline" / f"{FRAMES[5]}_leftImg8bit_1.bin"
+    np.zeros((19, 65, 129), "<f4").tofile(wrong)
+    options = "--baseline", folder / "baseline", "--expect", 99, "--save_labels", folder / "labels"
+    alone = run(*score(folder, "alone.json"), *options, status=1)
+    label_maps = {path.name: path.read_bytes() for path in (folder / "labels").iterdir()}
+    shutil.rmtree(folder / "labels")
+    together = torchrun(3, *score(folder, "together.json"), *options, status=1)
+    assert "FAIL: the baseline asks for" in alone.stdout
+    assert "nothing in the data at hand tells the cause" in alone.stdout
     assert together.stdout == alone.stdout
     assert (folder / "together.json").read_bytes() == (folder / "alone.json").read_bytes()
+    assert {path.name: path.read_bytes() for path in (folder / "labels").iterdir()} == label_maps
+    assert len(label_maps) == len(FRAMES)
 
 
 def test_two_hosts_score_as_one_process(folder):
