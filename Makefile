@@ -21,7 +21,7 @@ RUN     := $(SPLIT)_$(PROVIDER)_bs$(BS)
 data    := $(or $(DATA),$(TINY))
 weights := $(or $(WEIGHTS),$(TINY)/tiny_intrada.pth)
 
-.PHONY: help setup run test bench lint clean
+.PHONY: help setup run test browser bench lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -38,19 +38,26 @@ ifneq ($(and $(filter run,$(MAKECMDGOALS)),$(or $(and $(DATA),$(if $(WEIGHTS),,x
 $(error DATA= and WEIGHTS= go together)
 endif
 
-run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU; DATA=cityscapes WEIGHTS=x.pth [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
+run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
 	@mkdir -p "$(OUT)"
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(OUT)/prep_$(SPLIT)" --split $(SPLIT)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
 	$(BIN)/python intrada_infer.py --model "$(ONNX)" --input "$(OUT)/prep_$(SPLIT)" --output "$(OUT)/result" \
 		--output_dirname $(RUN) --batchsize $(BS) --provider $(PROVIDER)
-	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" --split $(SPLIT) --json "$(OUT)/metrics_$(RUN).json"
+	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" --split $(SPLIT) --json "$(OUT)/metrics_$(RUN).json" \
+		--save_labels "$(OUT)/labels_$(RUN)"
+	$(BIN)/python intrada_report.py "$(OUT)/metrics_$(RUN).json" --labels "$(OUT)/labels_$(RUN)" --data "$(data)" \
+		--perf "$(OUT)/result/$(RUN)_summary.json" --output "$(OUT)/report_$(RUN).html"
 
 $(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py intrada_pth2onnx.py | $(STAMP)
 	$(BIN)/python tests/tiny_cityscapes.py "$(TINY)"
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+browser:  ## install Debian's Chromium, in which a test opens the report (as root)
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
 lint: $(STAMP)  ## check style and shell scripts
 	$(BIN)/ruff format --check .

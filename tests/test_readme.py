@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import os
@@ -15,10 +16,10 @@ import onnx
 import pytest
 
 import intrada_benchmark
-import intrada_infer
 import intrada_postprocess
 import intrada_preprocess
 import intrada_pth2onnx
+import intrada_report
 import tiny_cityscapes
 from support import ROOT, run
 
@@ -125,13 +126,26 @@ def test_facts_that_two_scripts_hold_are_equal():
         name: label_id for label_id, name, _ in intrada_postprocess.CLASSES
     }
     assert 2 * 4 * np.prod(logits_shape) == intrada_benchmark.RESULT_BYTES
+    assert [c[:2] for c in intrada_report.CLASSES] == [c[:2] for c in intrada_postprocess.CLASSES]
+    assert intrada_report.PUBLISHED_FPS == intrada_benchmark.PUBLISHED_FPS
 
 
 @pytest.mark.parametrize(
-    "name", ["InputError", "first_five", "join_ranks", "gather", "keep_memory", "lock_folder", "processors", "positive"]
+    "name",
+    [
+        "InputError",
+        "first_five",
+        "join_ranks",
+        "gather",
+        "keep_memory",
+        "lock_folder",
+        "processors",
+        "positive",
+        "percent",
+    ],
 )
 def test_what_two_scripts_repeat_is_equal(name):
-    modules = intrada_preprocess, intrada_pth2onnx, intrada_infer, intrada_postprocess, intrada_benchmark
+    modules = [importlib.import_module(script[:-3]) for script in SCRIPTS]
     copies = [inspect.getsource(getattr(module, name)) for module in modules if hasattr(module, name)]
     assert len(copies) >= 2
     assert len(set(copies)) == 1
@@ -143,7 +157,7 @@ def test_make_run_runs_the_readme_s_commands():
         ["make", "-n", "run", "DATA=/d", "WEIGHTS=w.pth", "BS=4", "PROVIDER=cuda", "OUT=o"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    order = ["preprocess", "pth2onnx", "infer", "postprocess"]
+    order = ["preprocess", "pth2onnx", "infer", "postprocess", "report"]
     for commands in (plan, on_own_data):
         assert re.findall(r"intrada_(\w+)\.py", commands) == order
     assert '"/d" "o/prep_val"' in on_own_data
