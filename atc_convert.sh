@@ -43,7 +43,7 @@ choose_chip() { # in npu-smi's table, the row of a number and the name in the fi
     [[ $chips = "$soc_version" ]] || echo "warning: different chips (${chips//$'\n'/, }): taking $soc_version" >&2
   fi
   [[ ${soc_version,,} != ascend* ]] || soc_version=${soc_version:6}
-  [[ ! $soc_version =~ ^[0-9]+[a-z][0-9]*$ ]] || soc_version=${soc_version^^} # 310p3; but 910ProA stays
+  [[ ! $soc_version =~ ^[0-9]+[a-z][0-9]*[a-z]?$ ]] || soc_version=${soc_version^^} # 310p3; but 910ProA stays
   soc_version=Ascend$soc_version
 }
 
@@ -81,10 +81,10 @@ advice() {
 
 convert() { # in a scratch folder, as atc litters the current one; the .om takes its name only when it is whole
   local name=$1 status=0 made line log=${ASCEND_PROCESS_LOG_PATH:-${ASCEND_WORK_PATH:-${HOME:-}/ascend}/log}
-  (mkdir "$scratch/$name" && cd "$scratch/$name" && "${@:2}" 2>&1 | tee "$scratch/atc.out" >&2) || status=$?
+  (mkdir -p "$scratch/$name" && cd "$scratch/$name" && "${@:2}" 2>&1 | tee "$scratch/atc.out" >&2) || status=$?
   made=$(compgen -G "$scratch/$name/${name}*.om" | head -n 1) || true
   ((status)) || [[ ! $made ]] || { mv -f "$made" "$output_dir/$name.om" && return; }
-  line=$(grep -m 1 -E '^E[A-Z]?[0-9]{4}' "$scratch/atc.out") || line="atc ended with status $status and left no .om"
+  line=$(grep -a -m 1 -E '^E[A-Z]?[0-9]{4}' "$scratch/atc.out") || line="atc ended with status $status and left no .om"
   ((status < 129 || status == 255)) || line="atc was ended by signal $((status - 128))"
   failure="$line ($(advice "${line%%[!A-Z0-9]*}"); log: $log)"
   return 1
@@ -92,23 +92,23 @@ convert() { # in a scratch folder, as atc litters the current one; the .om takes
 
 main() {
   parse_args "$@"
-  local bs name om command failure failed=0 summary=()
+  local bs stem shown='' name om command failure failed=0 summary=()
   [[ -f $onnx && -r $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
-  onnx=$(realpath "$onnx") output_dir=$(realpath -m "$output_dir")
-  check_path "$onnx" && check_path "$output_dir"
-  choose_chip
+  stem=$(basename "$onnx" .onnx) onnx=$(realpath "$onnx") output_dir=$(realpath -m "$output_dir")
+  [[ $output_dir = "$(pwd -P)" ]] || shown=$output_dir/ # so that what is pasted writes there too
+  check_path "$onnx" && check_path "$output_dir" && check_path "$stem" && choose_chip
   if [[ ! $dry_run ]]; then
     find_atc
     scratch=$(mkdir -p "$output_dir" && mktemp -d "$output_dir/.atc.XXXXXX") || die "$output_dir: cannot be written"
     trap 'rm -rf "$scratch"' EXIT
   fi
   for bs in "${batch_sizes[@]}"; do
-    name=$(basename "$onnx" .onnx)_bs$bs && om=$output_dir/$name.om
+    name=${stem}_bs$bs && om=$output_dir/$name.om
     command=(atc "--model=$onnx" --framework=5 "--output=$name" --input_format=NCHW "--input_shape=image:$bs,3,512,1024"
       --log=error "--soc_version=$soc_version" ${atc_options[@]+"${atc_options[@]}"})
     if [[ $om -nt $onnx && ! $overwrite ]]; then
       summary+=("bs $bs: kept $om")
-    elif show "${command[@]}" && [[ ! $dry_run ]]; then
+    elif show "${command[@]/#--output=/--output=$shown}" && [[ ! $dry_run ]]; then
       convert "$name" "${command[@]}" && summary+=("bs $bs: made $om") || failed=1 summary+=("bs $bs: FAILED: $failure")
     fi
   done

@@ -19,7 +19,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import NamedTuple
 BATCH_SIZES = 1, 4, 8, 16, 32, 64
 # Frames/s on 310P3. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
 PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
+PERF, RESULT = Path("perf"), Path("result")
 RESULT_BYTES = 2 * 4 * 19 * 65 * 129  # both outputs of a frame, float32
 COLUMNS = "batch size", "frames", "mIoU %", "frames/s", "mean ms", "p99 ms", "end to end", "on 310P3", ""
 
@@ -94,8 +94,10 @@ def model_paths(args: argparse.Namespace) -> list[str]:
 
 def python() -> str:
     """Name the running interpreter as a user would type it."""
-    found = shutil.which("python3")
-    return "python3" if found and Path(found).samefile(sys.executable) else sys.executable
+    found, here = shutil.which("python3"), Path(sys.executable)
+    # a virtual environment's is a link to the one outside of it, so that the folder must be the same too
+    same = found and Path(found).samefile(here) and Path(found).parent.samefile(here.parent)
+    return "python3" if same else sys.executable
 
 
 def sibling(script: str) -> str:
@@ -113,7 +115,8 @@ def run_command(command: list[str]) -> float:
     start = time.perf_counter()
     status = subprocess.run(command, stdout=sys.stderr).returncode
     if status:
-        raise StepError(f"{Path(command[2]).name} ended with status {status}; its messages stand above")
+        name = command[2] if command[1] == "-m" else Path(command[1]).name
+        raise StepError(f"{name} ended with status {status}; its messages stand above")
     return time.perf_counter() - start
 
 
@@ -133,7 +136,7 @@ def check_models(args: argparse.Namespace) -> None:
     if not is_onnx(args):
         probe = subprocess.run([python(), "-c", "import aclruntime, ais_bench"], capture_output=True, text=True)
         if probe.returncode:
-            reason = probe.stderr.strip().splitlines()[-1]
+            reason = (probe.stderr.strip().splitlines() or [f"status {probe.returncode}"])[-1]
             raise InputError(f"{python()} cannot import ais_bench ({reason}); see README.md, The Ascend host")
 
 
@@ -145,25 +148,31 @@ def find_inputs(args: argparse.Namespace) -> list[Path]:
     """
     if not args.input:
         return []
+    if args.data and not Path(args.data, "gtFine").is_dir():
+        raise InputError(f"{args.data}: no gtFine/ here; --data is Cityscapes' folder")
     inputs = sorted(path for path in Path(args.input).glob("*") if path.suffix.lower() in (".bin", ".npy"))
     if not inputs:
         raise InputError(f"{args.input}: no .bin or .npy here; --input is what intrada_preprocess.py wrote")
     return inputs
 
 
-def check_permissions(paths: list[Path]) -> None:
-    """Check what ais_bench since 2023-09 refuses: links, other owners, group- or other-writable, path characters.
+def check_permissions(read: list[Path], written: list[Path]) -> None:
+    """Check what ais_bench since 2023-09 refuses: links, other owners, open permissions, path characters.
+
+    What it reads may be 0755 at most, a folder that it writes to 0750.
 
     Raises:
         InputError: names the paths and the command that mends them.
     """
+    paths = read + written
     faults = {
         "are symbolic links; copy them with what they point to by cp -rL and give the copy:": [
             path for path in paths if path.is_symlink()
         ],
-        "belong to another user: sudo chown $USER": [path for path in paths if path.stat().st_uid != os.getuid()],
-        "are writable by group or others: chmod go-w": [
-            path for path in paths if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        "belong to another user: sudo chown -R $USER": [path for path in paths if path.lstat().st_uid != os.getuid()],
+        "are writable by group or others: chmod -R go-w": [path for path in read if path.lstat().st_mode & 0o022],
+        "are open to others, where it is to write: chmod 750": [
+            path for path in written if path.lstat().st_mode & 0o027
         ],
         "hold characters other than letters, digits and _ - . /: mv": [
             path for path in paths if re.search(r"[^\w./-]", str(path.absolute()), re.ASCII)
@@ -171,27 +180,34 @@ def check_permissions(paths: list[Path]) -> None:
     }
     for fault, faulty in faults.items():
         if faulty:
-            raise InputError(f"newer ais_bench refuses {len(faulty)} paths that {fault} {first_five(faulty, ' ')}")
+            named = faulty if len(faulty) <= 5 else sorted({path.parent for path in faulty})
+            raise InputError(f"newer ais_bench refuses {len(faulty)} paths that {fault} {shlex.join(map(str, named))}")
 
 
-def check_space(frames: int, batch_sizes: list[int]) -> None:
-    """Check that the results fit on the disk.
+def check_space(frames: int, args: argparse.Namespace) -> None:
+    """Check that the results fit on the disk; of several devices each may write all.
 
     Raises:
         InputError: they do not.
     """
-    needed, free = RESULT_BYTES * frames * len(batch_sizes), shutil.disk_usage(".").free
+    needed = RESULT_BYTES * frames * len(args.batch_sizes) * count_devices(args)
+    free = shutil.disk_usage(RESULT if RESULT.is_dir() else ".").free
+    free += sum(path.stat().st_size for path in RESULT.glob("**/*_[01].bin"))  # which are written over
     if needed > free:
         raise InputError(
-            f"result/ needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give fewer batch sizes"
+            f"{RESULT}/ needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give fewer batch sizes"
         )
 
 
+def count_devices(args: argparse.Namespace) -> int:
+    return len(args.device.split(","))
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder, 0755 whatever the umask: newer ais_bench refuses group-writable ones."""
+    """Make a folder, 0750 whatever the umask: newer ais_bench writes to no folder that is more open."""
     if not path.is_dir():
         path.mkdir()
-        path.chmod(0o755)
+        path.chmod(0o750)
 
 
 def first_five(names: list, separator: str = ", ") -> str:
@@ -202,15 +218,19 @@ def first_five(names: list, separator: str = ", ") -> str:
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(batch_size: int, commands: dict[str, list[str]], inputs: list[Path], kept: bool) -> Row:
-    """Run a batch size's commands and read what they leave; `kept`: results of an earlier run count."""
-    row, result, begun = Row(batch_size), Path("result") / f"result_bs{batch_size}", time.time()
+def measure(batch_size: int, commands: dict[str, list[str]], inputs: list[Path], args: argparse.Namespace) -> Row:
+    """Run a batch size's commands and read what they leave; of intrada_infer.py results of an earlier run count."""
+    row, result, begun = Row(batch_size), RESULT / f"result_bs{batch_size}", time.time()
+    forget(PERF / f"bs{batch_size}")
+    if "infer" in commands and not is_onnx(args):
+        forget(result)
+        beside(result, "model").unlink(missing_ok=True)  # from now on these are not intrada_infer.py's results
     try:
         run_command(commands["speed"])
-        row = row._replace(**read_speed(Path("perf"), f"bs{batch_size}", begun))
+        row = row._replace(**read_speed(PERF / f"bs{batch_size}", count_devices(args)))
         if "infer" in commands:
             seconds = run_command(commands["infer"])
-            check_results(result, inputs, 0 if kept else begun)
+            check_results(result, inputs, 0 if is_onnx(args) else begun)
             row = row._replace(frames=len(inputs), end_to_end_fps=read_end_to_end(result, len(inputs) / seconds))
         if "score" in commands:
             run_command(commands["score"])
@@ -220,29 +240,47 @@ def measure(batch_size: int, commands: dict[str, list[str]], inputs: list[Path],
     return row
 
 
-def read_speed(folder: Path, name: str, begun: float) -> dict[str, float]:
+def beside(folder: Path, what: str) -> Path:
+    """Name a JSON file beside the folder, where ais_bench puts its summary."""
+    return folder.with_name(f"{folder.name}_{what}.json")
+
+
+def find_summaries(folder: Path) -> list[Path]:
+    """List a run's summaries: beside its folder, of several devices inside it, of the first builds misspelt."""
+    return [path for path in (beside(folder, "summary"), folder / "sumary.json") if path.is_file()] + sorted(
+        folder.glob("*_summary.json")
+    )
+
+
+def forget(folder: Path) -> None:
+    """Remove the summaries of an earlier run, which would pass for this one's."""
+    for path in find_summaries(folder):
+        path.unlink()
+
+
+def read_speed(folder: Path, devices: int) -> dict[str, float]:
     """Read the summaries of a run, one for each device; throughputs add up.
 
-    ais_bench writes `<name>_summary.json` beside its folder, one a device inside it, in its first builds `sumary.json`.
-
     Raises:
-        StepError: the run left none.
+        StepError: there are not as many, or one is not whole.
     """
-    patterns = f"{name}_summary.json", f"{name}/*_summary.json", f"{name}/sumary.json"
-    paths = [path for pattern in patterns for path in folder.glob(pattern) if path.stat().st_mtime >= begun - 2]
-    if not paths:
-        raise StepError(f"no summary in {folder}; the run's messages stand above")
-    summaries = [json.loads(path.read_text()) for path in paths]
-    return {
-        "fps": sum(summary["throughput"] for summary in summaries),
-        "mean_ms": sum(summary["NPU_compute_time"]["mean"] for summary in summaries) / len(summaries),
-        "p99_ms": max(summary["NPU_compute_time"]["percentile(99%)"] for summary in summaries),
-    }
+    paths = find_summaries(folder)
+    if len(paths) != devices:
+        raise StepError(f"{len(paths)} summaries in {folder.parent} of {devices} devices; the messages stand above")
+    try:
+        summaries = [json.loads(path.read_text()) for path in paths]
+        return {
+            "fps": sum(summary["throughput"] for summary in summaries),
+            "mean_ms": sum(summary["NPU_compute_time"]["mean"] for summary in summaries) / len(summaries),
+            "p99_ms": max(summary["NPU_compute_time"]["percentile(99%)"] for summary in summaries),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise StepError(f"{first_five(paths)}: not a whole summary: {error!r}") from None
 
 
 def read_end_to_end(result: Path, whole_command_fps: float) -> float:
     """Read intrada_infer.py's own figure; ais_bench has none, so its whole command counts, loading included."""
-    path = result.with_name(f"{result.name}_summary.json")
+    path = beside(result, "summary")
     summary = json.loads(path.read_text()) if path.is_file() else {}
     return summary.get("end_to_end_throughput", whole_command_fps)
 
@@ -284,6 +322,14 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def report(rows: list[Row], markdown: Path | None) -> None:
+    """Print the table, and write it where that is asked for."""
+    table = format_table(rows)
+    print(table)
+    if markdown:
+        markdown.write_text(table + "\n", encoding="utf-8")
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -302,7 +348,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="BS",
         nargs="*",
         type=positive,
-        help=f"batch sizes (default: {first_five(BATCH_SIZES, ' ')})",
+        help=f"batch sizes (default: {' '.join(map(str, BATCH_SIZES))})",
     )
     add("--loop", metavar="N", type=positive, default=50, help="runs of the speed test (default: %(default)s)")
     add("--device", metavar="ID", default="0", help="device, for ais_bench also several, as 0,1 (default: %(default)s)")
@@ -314,6 +360,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data and not args.input:
         parser.error("--data goes with --input")
+    if args.markdown and not args.markdown.parent.is_dir():
+        parser.error(f"--markdown {args.markdown}: no such folder")
     args.batch_sizes = args.batch_sizes or list(BATCH_SIZES)
     return args
 
@@ -326,16 +374,18 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_models(args)
     inputs = find_inputs(args)
-    check_space(len(inputs), args.batch_sizes)
+    check_space(len(inputs), args)
     if not is_onnx(args):
-        check_permissions([*map(Path, model_paths(args)), *([Path(args.input)] if args.input else []), *inputs])
-    for folder in ("perf", "result"):
-        make_folder(Path(folder))
-    rows = [measure(batch_size, commands, inputs, kept=is_onnx(args)) for batch_size, commands in plans.items()]
-    table = format_table(rows)
-    if args.markdown:
-        args.markdown.write_text(table + "\n", encoding="utf-8")
-    print(table)
+        read = [*map(Path, model_paths(args)), *([Path(args.input)] if args.input else []), *inputs]
+        check_permissions(read, [folder for folder in (PERF, RESULT) if folder.exists()])
+    for folder in (PERF, RESULT):
+        make_folder(folder)
+    rows = []
+    try:
+        for batch_size, commands in plans.items():
+            rows.append(measure(batch_size, commands, inputs, args))
+    finally:  # stopped early, what was measured counts
+        report(rows, args.markdown)
     return int(any(row.failure for row in rows))
 
 

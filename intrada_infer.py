@@ -211,7 +211,8 @@ def prepare_folder(folder: Path, frames: list[Frame], args: argparse.Namespace) 
     lock_folder(folder)
     refuse_strangers(folder, frames)
     note, asked = beside(folder, "model"), identity(args)
-    made = read_note(note)
+    summary = read_note(beside(folder, "summary"))
+    made = read_note(note) if not summary or "provider" in summary else {}  # ais_bench has been here since
     if args.input and not args.overwrite and any(target.exists() for frame in frames for target in frame.targets):
         for key in ("model", "provider", "batchsize"):
             if made.get(key) != asked[key]:
@@ -327,11 +328,11 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, 0755 whatever the umask: newer ais_bench refuses group-writable ones."""
+    """Make a folder and its parents, 0750 whatever the umask: newer ais_bench writes to no folder more open."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        path.chmod(0o755)
+        path.chmod(0o750)
 
 
 # ---------------------------------------------------------------------------------------------------- the run

@@ -248,7 +248,7 @@ def read_logits(path: Path) -> np.ndarray:
         if path.suffix == ".npy":
             values = np.array(np.lib.format.open_memmap(path, mode="r"))
         else:
-            half = path.stat().st_size == 2 * LOGITS_SIZE
+            half = path.stat().st_size in (2 * LOGITS_SIZE, 2 * SIZE_WITHOUT_CEIL_MODE)
             values = np.fromfile(path, "<f2" if half else "<f4")
     except (ValueError, EOFError) as error:
         raise InputError(f"{path}: not a whole .npy: {error}") from None

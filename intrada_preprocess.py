@@ -20,6 +20,7 @@ import atexit
 import ctypes
 import fcntl
 import os
+import shlex
 import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -201,9 +202,8 @@ def prepare_folder(save_dir: Path, pictures: dict[str, Path]) -> None:
             f"{save_dir}: {len(strangers)} files belong to no frame of this split, and ais_bench would infer them too: "
             f"{first_five(strangers)}"
         )
-    open_to_others = [str(path) for path in [save_dir, *inputs] if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)]
-    if open_to_others:
-        warn(f"newer ais_bench refuses what others may write: chmod go-w {first_five(open_to_others, ' ')}")
+    if any(path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for path in [save_dir, *inputs]):
+        warn(f"newer ais_bench refuses what others may write: chmod -R go-w {shlex.quote(str(save_dir))}")
 
 
 def warn(message: str) -> None:

@@ -336,7 +336,7 @@ def find_confusions(run: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def percent(fraction: float | None, sign: str = "") -> str:
     """Format a fraction as percent, or a dash where there is none; + 0 takes the sign off -0."""
-    return "-" if fraction is None else f"{round(100 * fraction, 2) + 0:{sign}.2f}"
+    return "-" if fraction is None or np.isnan(fraction) else f"{round(100 * fraction, 2) + 0:{sign}.2f}"
 
 
 def fixed(number: float | None) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -37,7 +38,7 @@ def convert(folder: Path, *args: object, status: int = 0, **settings: str) -> su
     """Run the script in a folder, with the stand-ins on PATH."""
     command = ["bash", str(ROOT / "atc_convert.sh"), *map(str, args)]
     environment = ascend_environment(**settings)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -149,6 +150,38 @@ def test_atc_that_dies_or_leaves_no_file_has_failed(folder):
     assert names(folder) == {"intraDA_deeplabv2.onnx"}
 
 
+def test_atc_that_fails_after_it_wrote_has_failed(folder):
+    assert "bs 4: FAILED: atc ended with status 1" in convert(folder, 4, status=1, FAKE_ATC_FAIL="4:late").stdout
+    assert names(folder) == {"intraDA_deeplabv2.onnx"}
+
+
+def test_a_message_that_is_no_text_hides_nothing(folder):
+    done = convert(folder, 4, status=1, FAKE_ATC_FAIL="4:bytes", LC_ALL="C.UTF-8")
+    assert "bs 4: FAILED: EZ9999: " in done.stdout
+
+
+def test_a_model_is_writable_by_one_whatever_the_umask(folder):
+    command = ["bash", str(ROOT / "atc_convert.sh"), "1", "--output_dir", "om"]
+    subprocess.run(
+        ["bash", "-c", 'umask 0; exec "$@"', "-", *command], cwd=folder, env=ascend_environment(), check=True
+    )
+    paths = folder / "om", folder / "om" / "intraDA_deeplabv2_bs1.om"
+    assert [oct(path.stat().st_mode & 0o777) for path in paths] == ["0o755", "0o644"]
+
+
+def test_a_model_is_named_after_the_link_that_was_given(folder):
+    (folder / "store").mkdir()
+    (folder / "intraDA_deeplabv2.onnx").rename(folder / "store" / "v3.onnx")
+    (folder / "intraDA_deeplabv2.onnx").symlink_to("store/v3.onnx")
+    convert(folder, 1)
+    assert names(folder) == {"store", "intraDA_deeplabv2.onnx", "intraDA_deeplabv2_bs1.om"}
+
+
+def test_the_same_batch_size_twice_is_made_twice(folder):
+    done = convert(folder, 1, 1, "--overwrite")
+    assert done.stdout.splitlines()[2:] == [f"bs 1: made {folder}/intraDA_deeplabv2_bs1.om"] * 2
+
+
 def test_a_name_with_the_host_s_architecture_is_taken_too(folder):
     convert(folder, 1, FAKE_ATC_SUFFIX="_linux_x86_64")
     assert names(folder) == {"intraDA_deeplabv2.onnx", "intraDA_deeplabv2_bs1.om"}
@@ -158,6 +191,13 @@ def test_a_name_with_the_host_s_architecture_is_taken_too(folder):
 def test_the_chip_may_be_given_in_every_spelling(folder, soc_version):
     for option in (["--soc_version", soc_version], [f"--soc_version={soc_version}"]):
         assert convert(folder, 1, "--dry_run", *option).stdout == command_for(folder, 1) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "soc_version"), [("910b2c", "Ascend910B2C"), ("910b3", "Ascend910B3"), ("910ProA", "Ascend910ProA")]
+)
+def test_the_chip_s_letters_become_those_of_its_name(folder, given, soc_version):
+    assert convert(folder, 1, "--dry_run", "--soc_version", given).stdout == command_for(folder, 1, soc_version) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +245,27 @@ def test_atc_is_found_through_a_set_env_that_breaks_under_strict_bash(folder):
     )
 
 
+@pytest.mark.parametrize("first", ["cann", "ascend-toolkit"])
+def test_the_newer_set_env_comes_first(folder, first):
+    home = folder / "home"
+    for name in ("cann", "ascend-toolkit"):
+        script = home / "Ascend" / name / "set_env.sh"
+        if name == first or first == "cann":
+            script.parent.mkdir(parents=True)
+            script.write_text(f"echo sourced {name}; export PATH={FAKES / 'bin'}:$PATH\n")
+    done = convert(
+        folder, 1, "--soc_version", "310P3", PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin", HOME=str(home)
+    )
+    assert done.stdout.count(f"sourced {first}\n") == 1
+    assert done.stdout.count("sourced") == 1
+
+
+def test_the_log_lies_where_cann_s_variables_say(folder):
+    for settings, log in (({}, "/h/ascend/log"), ({"ASCEND_WORK_PATH": "/w"}, "/w/log")):
+        done = convert(folder, 1, status=1, FAKE_ATC_FAIL="1:E19999", HOME="/h", **settings)
+        assert done.stdout.splitlines()[-1].endswith(f"; log: {log})")
+
+
 def test_paths_that_atc_refuses_are_told_before_it_runs(folder):
     spaced = folder / "my models"
     spaced.mkdir()
@@ -222,6 +283,10 @@ def test_paths_that_atc_refuses_are_told_before_it_runs(folder):
 def test_another_model_and_folder_may_be_given(folder):
     save_model(folder / "x.onnx")
     convert(folder, "x.onnx", 4, "--output_dir=models/om")
+    assert names(folder / "models" / "om") == {"x_bs4.om"}
+    (folder / "models" / "om" / "x_bs4.om").unlink()
+    printed = convert(folder, "x.onnx", 4, "--output_dir=models/om", "--dry_run").stdout
+    subprocess.run(printed, shell=True, cwd=folder, env=ascend_environment(), check=True, capture_output=True)
     assert names(folder / "models" / "om") == {"x_bs4.om"}
 
 

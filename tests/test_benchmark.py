@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,8 @@ def test_the_table_of_an_ascend_host(folder, form):
     done = benchmark(folder, "x", 1, 4, "--input", "prep", "--data", "data", "--markdown", "t.md", FAKE_AIS_BENCH=form)
     miou = miou_of(folder, folder / "result" / "result_bs1")
     one, four = rows_of(done.stdout)
-    assert one[:6] == ["1", "5", miou, "1.00", "1000.00", "1000.00"]
-    assert four[:6] == ["4", "5", miou, "4.00", "1000.00", "1000.00"]
+    assert one[:6] == ["1", "5", miou, "1.00", "1000.00", "1100.00"]
+    assert four[:6] == ["4", "5", miou, "4.00", "1000.00", "1100.00"]
     assert (one[7:], four[7:]) == (["47.52", ""], ["43.64", "best"])
     assert float(one[6]) > 0
     assert (folder / "t.md").read_text() == done.stdout[done.stdout.index("| batch") :]
@@ -148,7 +149,7 @@ def test_what_the_preprocessing_writes_passes_the_newer_checks_whatever_the_umas
 
 def test_speed_alone_needs_no_frames(folder):
     (row,) = rows_of(benchmark(folder, "x", 1).stdout)
-    assert row == ["1", "-", "-", "1.00", "1000.00", "1000.00", "-", "47.52", "best"]
+    assert row == ["1", "-", "-", "1.00", "1000.00", "1100.00", "-", "47.52", "best"]
     assert not list((folder / "result").iterdir())
 
 
@@ -163,7 +164,7 @@ def test_a_batch_size_that_fails_is_a_row_and_the_others_go_on(folder):
 def test_frames_that_the_earliest_builds_drop_fail_their_row_even_if_old_results_lie_there(folder):
     missing = f"FAILED: 1 of 5 frames lack an output: {FRAMES[4]}_leftImg8bit"
     done = benchmark(folder, "x", 4, "--input", "prep", status=1, FAKE_AIS_BENCH="earliest")
-    assert rows_of(done.stdout) == [["4", "-", "-", "4.00", "1000.00", "1000.00", "-", "43.64", missing]]
+    assert rows_of(done.stdout) == [["4", "-", "-", "4.00", "1000.00", "1100.00", "-", "43.64", missing]]
     benchmark(folder, "x", 4, "--input", "prep")
     for path in (folder / "result" / "result_bs4").iterdir():
         os.utime(path, (1, 1))
@@ -189,7 +190,7 @@ def test_what_newer_ais_bench_refuses_is_told_with_the_command_that_mends_it(fol
     frame = folder / "prep" / f"{FRAMES[0]}_leftImg8bit.bin"
     name = f"prep/{frame.name}"
     frame.chmod(0o664)
-    command = f"chmod go-w {name}"
+    command = f"chmod -R go-w {name}"
     assert refusal(folder, "x", 1, "--input", "prep") == (
         f"newer ais_bench refuses 1 paths that are writable by group or others: {command}"
     )
@@ -207,6 +208,95 @@ def test_what_newer_ais_bench_refuses_is_told_with_the_command_that_mends_it(fol
     assert refusal(folder, "x", 1, "--input", "prep").startswith(
         "newer ais_bench refuses 1 paths that hold characters other than letters, digits and _ - . /: "
     )
+
+
+def test_more_than_five_faulty_files_are_mended_by_their_folder(folder):
+    for n in range(2):
+        (folder / "prep" / f"more_{n}.bin").write_bytes(b"")
+    for path in (folder / "prep").iterdir():
+        path.chmod(0o664)
+    command = "chmod -R go-w prep"
+    message = f"newer ais_bench refuses 7 paths that are writable by group or others: {command}"
+    assert refusal(folder, "x", 1, "--input", "prep") == message
+    subprocess.run(command, shell=True, cwd=folder, check=True)
+    assert {path.stat().st_mode & 0o777 for path in (folder / "prep").iterdir()} == {0o644}
+
+
+def test_result_folders_that_are_open_to_others_are_told_with_the_command_that_mends_them(folder):
+    (folder / "result").mkdir(mode=0o755)
+    message = "newer ais_bench refuses 1 paths that are open to others, where it is to write: chmod 750 result"
+    assert refusal(folder, "x", 1) == message
+    (folder / "result").chmod(0o750)
+    benchmark(folder, "x", 1, "--input", "prep")
+    assert {oct((folder / name).stat().st_mode & 0o777) for name in ("perf", "result")} == {"0o750"}
+
+
+def test_a_dangling_link_is_told_as_a_link(folder):
+    (folder / "prep" / "z.bin").symlink_to("nowhere")
+    assert "1 paths that are symbolic links" in refusal(folder, "x", 1, "--input", "prep")
+
+
+def test_figures_of_an_earlier_run_do_not_count(folder):
+    assert rows_of(benchmark(folder, "x", 1).stdout)[0][3] == "1.00"
+    assert rows_of(benchmark(folder, "x", 1, "--device", "0,1").stdout)[0][3] == "2.00"
+    assert rows_of(benchmark(folder, "x", 1).stdout)[0][3] == "1.00"
+    (folder / "x_bs1.om").write_text("no model")
+    assert rows_of(benchmark(folder, "x", 1, status=1).stdout)[0][3] == "-"
+
+
+def test_a_device_that_died_unnoticed_fails_its_row(folder):
+    done = benchmark(folder, "x", 1, "--device", "0,1", status=1, FAKE_AIS_BENCH_DEAD="1")
+    assert rows_of(done.stdout)[0][-1] == "FAILED: 1 summaries in perf of 2 devices; the messages stand above"
+
+
+def test_a_summary_cut_short_fails_its_row_alone(folder):
+    one, four = rows_of(benchmark(folder, "x", 1, 4, status=1, FAKE_AIS_BENCH_HALF="4").stdout)
+    assert one[-1] == "best"
+    assert four[-1].startswith("FAILED: perf/bs4_summary.json: not a whole summary: ")
+
+
+def test_stopped_early_it_prints_what_was_measured(folder):
+    done = benchmark(folder, "x", 1, 4, "--markdown", "t.md", status=130, FAKE_AIS_BENCH_STOP="4")
+    assert [row[0] for row in rows_of(done.stdout)] == ["1"]
+    assert (folder / "t.md").read_text() == done.stdout[done.stdout.index("| batch") :]
+
+
+def test_a_model_with_one_output_fails_its_row(folder):
+    model = onnx.load(folder / "x.onnx")
+    del model.graph.output[1]
+    onnx.save(model, folder / "x.onnx")
+    done = benchmark(folder, "x", 1, "--input", "prep", status=1)
+    assert rows_of(done.stdout)[0][-1].startswith("FAILED: 5 of 5 frames lack an output: ")
+
+
+def test_onnx_runtime_does_not_keep_ais_bench_s_results(folder):
+    benchmark(folder, "x.onnx", 1, "--loop", 1, "--input", "prep")
+    benchmark(folder, "x", 1, "--input", "prep")
+    done = benchmark(folder, "x.onnx", 1, "--loop", 1, "--input", "prep", status=1)
+    assert "made with model unknown, now asked for" in done.stderr
+    assert rows_of(done.stdout)[0][-1] == "FAILED: intrada_infer.py ended with status 1; its messages stand above"
+
+
+def test_results_that_do_not_fit_on_the_disk_are_told(folder):
+    for n in range(995):
+        os.link(folder / "prep" / f"{FRAMES[0]}_leftImg8bit.bin", folder / "prep" / f"{n}.bin")
+    message = refusal(folder, "x.onnx", *range(1, 2001), "--input", "prep")  # 2000 batch sizes of 1000 frames
+    assert re.fullmatch(r"result/ needs 2549\.0 GB and \d+\.\d GB are free; give fewer batch sizes", message)
+
+
+def test_the_interpreter_that_runs_it_runs_its_commands(folder):
+    outside = Path(sys.base_prefix) / "bin"
+    expected = "python3" if sys.prefix == sys.base_prefix else sys.executable
+    printed = benchmark(folder, "x", 1, "--dry_run", PATH=f"{outside}:{os.environ['PATH']}").stdout
+    assert printed.split()[0] == expected
+
+
+def test_a_data_folder_that_is_none_is_told_before_anything_runs(folder):
+    assert refusal(folder, "x", 1, "--input", "prep", "--data", "prep") == (
+        "prep: no gtFine/ here; --data is Cityscapes' folder"
+    )
+    assert not (folder / "perf").exists()
+    assert "no such folder" in benchmark(folder, "x", 1, "--markdown", "no/t.md", status=2).stderr
 
 
 def test_an_empty_input_folder_is_told(folder):

@@ -106,7 +106,7 @@ def test_files_are_readable_by_all_and_writable_by_one_whatever_the_umask(model)
     infer(model, preexec_fn=lambda: os.umask(0o002))
     result = model.parent / "result"
     made = [result, result / "r", result / "r_summary.json", result / "r" / "frame_0_1.bin"]
-    assert [oct(path.stat().st_mode & 0o777) for path in made] == ["0o755", "0o755", "0o644", "0o644"]
+    assert [oct(path.stat().st_mode & 0o777) for path in made] == ["0o750", "0o750", "0o644", "0o644"]
 
 
 def test_npy_inputs_count_as_bin_ones(model):
@@ -185,6 +185,15 @@ def test_results_of_unknown_origin_are_refused(model):
     for note in ("", "{", "[]", "[1]"):
         (model.parent / "result" / "r_model.json").write_text(note)
         assert "made with model unknown, now asked for" in refusal(model)
+
+
+def test_results_that_ais_bench_has_written_over_are_not_kept(model):
+    save_frames(model.parent / "prep", 1)
+    infer(model)
+    path = model.parent / "result" / "r_summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({key: summary[key] for key in ("args", "throughput", "NPU_compute_time")}))
+    assert "made with model unknown, now asked for" in refusal(model)
     assert "(1 inferred, 0 kept)" in infer(model, "--overwrite").stdout
 
 

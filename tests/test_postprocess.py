@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -44,8 +45,10 @@ def add_frame(folder: Path, frame: str, truth: np.ndarray, prediction: np.ndarra
     logits.tofile(folder / "r" / f"{frame}_leftImg8bit_1.bin")
 
 
-def metrics_of(data_dir: Path, result_dir: Path, *args: object) -> dict:
-    run(SCRIPT, data_dir, result_dir, "--json", data_dir.parent / "metrics.json", *args)
+def metrics_of(data_dir: Path, result_dir: Path, *args: object, status: int = 0) -> dict:
+    """Score in this process, which saves the start of another, and read the JSON."""
+    options = "--json", data_dir.parent / "metrics.json", *args
+    assert postprocess.main([str(arg) for arg in (data_dir, result_dir, *options)]) == status
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
@@ -348,16 +351,16 @@ def quarter(tmp_path) -> Path:
         (25.0001, 0, False),
     ],
 )
-def test_an_expected_miou_passes_up_to_the_tolerance_s_edges(quarter, expect, tolerance, passed):
-    options = "--expect", expect, "--tolerance", tolerance, "--json", quarter / "m.json"
-    done = run(SCRIPT, quarter, quarter / "r", *options, status=0 if passed else 1)
+def test_an_expected_miou_passes_up_to_the_tolerance_s_edges(quarter, capsys, expect, tolerance, passed):
+    options = "--expect", expect, "--tolerance", tolerance
+    metrics = metrics_of(quarter, quarter / "r", *options, status=0 if passed else 1)
+    stdout = capsys.readouterr().out
     verdict = f"PASS: mIoU 25.00 is within {tolerance} of {expect}"
     if not passed:
         verdict = f"FAIL: mIoU 25.00 is not within {tolerance} of {expect}"
-    assert f"\nmIoU = 25.00\n\n{verdict}\n" in done.stdout
-    assert done.stdout.endswith(f"{verdict}\n") == passed
-    expected = {"percent": expect, "tolerance": tolerance, "passed": passed}
-    assert json.loads((quarter / "m.json").read_text())["expected"] == expected
+    assert f"\nmIoU = 25.00\n\n{verdict}\n" in stdout
+    assert stdout.endswith(f"{verdict}\n") == passed
+    assert metrics["expected"] == {"percent": expect, "tolerance": tolerance, "passed": passed}
 
 
 @pytest.mark.parametrize("value", ["-1", "101", "nan", "many"])
@@ -365,57 +368,59 @@ def test_an_expectation_that_is_no_percentage_is_wrong_usage(golden_results, val
     run(SCRIPT, GOLDEN_DATA_DIR, golden_results, f"--expect={value}", status=2)
 
 
-def found_causes(folder: Path) -> list[str]:
-    """Return what is found in the data to explain a missed expectation."""
-    stdout = run(SCRIPT, folder, folder / "r", "--expect", 99, status=1).stdout
+@pytest.fixture
+def found_causes(quarter, capsys) -> Callable[[], list[str]]:
+    """Tell what is found in the data to explain a missed expectation."""
+    return lambda: causes_in(metrics_of(quarter, quarter / "r", "--expect", 99, status=1) and capsys.readouterr().out)
+
+
+def causes_in(stdout: str) -> list[str]:
     found, likely = re.search(r"\nfound:\n(.*)\nlikely causes.*?:\n(.*)", stdout, re.DOTALL).groups()
     assert len(likely.splitlines()) == len(postprocess.CAUSES)
     return found.splitlines()
 
 
-def test_no_cause_is_found_where_the_data_tells_none(quarter):
-    assert found_causes(quarter) == ["- nothing in the data at hand tells the cause"]
+def test_no_cause_is_found_where_the_data_tells_none(found_causes):
+    assert found_causes() == ["- nothing in the data at hand tells the cause"]
 
 
-def test_an_auxiliary_output_that_scores_better_is_told(quarter):
+def test_an_auxiliary_output_that_scores_better_is_told(quarter, found_causes):
     auxiliary = quarter / "r" / "ulm_000000_000000_leftImg8bit_0.bin"
     logits = np.zeros((19, 65, 129), "<f4")
     logits[0] = 1
     logits[1, 0, 0] = 2  # some pixels wrong, but fewer than of the main output
     logits.tofile(auxiliary)
-    (cause,) = found_causes(quarter)
+    (cause,) = found_causes()
     assert re.match(r"- the auxiliary output, _0, scores better, mIoU 49\.\d\d: were the outputs swapped\?", cause)
     (quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin").replace(auxiliary)
     logits.tofile(quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin")
-    assert found_causes(quarter) == ["- nothing in the data at hand tells the cause"]
+    assert found_causes() == ["- nothing in the data at hand tells the cause"]
 
 
-def test_frames_of_one_class_each_are_told(quarter):
+def test_frames_of_one_class_each_are_told(quarter, found_causes):
     for n, train_id in enumerate((3, 4)):
         add_frame(quarter, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.full((65, 129), train_id))
-    assert found_causes(quarter) == [
+    assert found_causes() == [
         "- every frame predicts one class: the weights are not loaded, or the input is not the picture"
     ]
     add_frame(quarter, "ulm_000000_000002", np.zeros((65, 129), int), np.arange(65 * 129).reshape(65, 129) % 2)
-    assert found_causes(quarter) == ["- nothing in the data at hand tells the cause"]
+    assert found_causes() == ["- nothing in the data at hand tells the cause"]
 
 
-def test_constant_logits_are_told(quarter):
+def test_constant_logits_are_told(quarter, found_causes):
     np.full((19, 65, 129), 7, "<f4").tofile(quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin")
-    assert found_causes(quarter) == [
+    assert found_causes() == [
         "- the logits of every frame are constant: the model did not compute, or its input was not read"
     ]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_huge_logits_are_told(quarter, sign):
+def test_huge_logits_are_told(quarter, found_causes, sign):
     path = quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin"
     logits = np.fromfile(path, "<f4").reshape(19, 65, 129)
     logits[5, 0, 0] = sign * 65504
     logits.tofile(path)
-    assert found_causes(quarter) == [
-        "- logits up to 65504, where some tens are usual: overflow of FP16, or another network"
-    ]
+    assert found_causes() == ["- logits up to 65504, where some tens are usual: overflow of FP16, or another network"]
 
 
 # ---------------------------------------------------------------------------------------------------- baselines
@@ -530,8 +535,7 @@ def test_only_the_flips_within_the_largest_difference_are_harmless(tmp_path):
         (tmp_path / name).mkdir()
         for output in (0, 1):
             logits[output].tofile(tmp_path / name / f"ulm_000000_000000_leftImg8bit_{output}.bin")
-    run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", "--json", tmp_path / "m.json", status=1)
-    baseline = json.loads((tmp_path / "m.json").read_text())["baseline"]
+    baseline = metrics_of(tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", status=1)["baseline"]
     assert (baseline["flips"], baseline["agreement"]) == (130 * 258, 0)
     margin = 8 - 7 * np.interp(np.linspace(0, 128, 258), [39, 40], [1, 0])
     assert baseline["harmless_flips"] == pytest.approx((margin <= 5).mean())
@@ -544,7 +548,7 @@ def test_a_baseline_too_far_off_fails_and_says_where(tmp_path, output):
     theirs = add_results(tmp_path, "theirs", 2, noise=0)
     path = tmp_path / "theirs" / f"ulm_000000_000001_leftImg8bit_{output}.bin"
     (theirs[1, output] * 1.04).tofile(path)  # cosine 1, relative distance 0.038
-    run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
+    metrics_of(tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
     (theirs[1, output] * 1.06).tofile(path)  # 0.057
     done = run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", status=1)
     assert done.stdout.splitlines()[-1] == (
@@ -560,10 +564,10 @@ def test_logits_without_direction_are_compared(tmp_path):
     (tmp_path / "theirs").mkdir()
     for output in (0, 1):
         np.zeros((19, 65, 129), "<f4").tofile(tmp_path / "theirs" / f"ulm_000000_000000_leftImg8bit_{output}.bin")
-    run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", "--json", tmp_path / "m.json", status=1)
-    output = json.loads((tmp_path / "m.json").read_text())["baseline"]["outputs"][1]
+    baseline = metrics_of(tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", status=1)["baseline"]
+    output = baseline["outputs"][1]
     assert (output["cosine"]["worst"], output["relative_distance"]["worst"]) == (0, 1)
-    run(SCRIPT, tmp_path, tmp_path / "theirs", "--baseline", tmp_path / "theirs")
+    metrics_of(tmp_path, tmp_path / "theirs", "--baseline", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("output", [0, 1])

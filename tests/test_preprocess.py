@@ -112,7 +112,7 @@ def test_what_others_may_write_is_warned_of_with_the_command_that_mends_it(tmp_p
     for path in (tmp_path / "prep", target):
         path.chmod(0o775)
     warning = run(SCRIPT, GOLDEN_DATA_DIR, tmp_path / "prep").stderr
-    command = f"chmod go-w {tmp_path}/prep {target}"
+    command = f"chmod -R go-w {tmp_path}/prep"
     assert warning == f"warning: newer ais_bench refuses what others may write: {command}\n"
     subprocess.run(command, shell=True, check=True)
     assert run(SCRIPT, GOLDEN_DATA_DIR, tmp_path / "prep").stderr == ""

@@ -15,6 +15,7 @@ import pytest
 from cityscapesscripts.helpers.labels import trainId2label
 from PIL import Image
 
+import intrada_postprocess as postprocess
 import intrada_report as report
 from support import ROOT, error_of, run
 
@@ -86,7 +87,7 @@ def folder(tmp_path) -> Path:
 
 def score(folder: Path, name: str, *options: object, status: int = 0) -> dict:
     files = folder, folder / "r", "--json", folder / name, "--save_labels", folder / "labels"
-    run("intrada_postprocess.py", *files, *options, status=status)
+    assert postprocess.main([str(arg) for arg in (*files, *options)]) == status
     return json.loads((folder / name).read_text())
 
 
@@ -102,7 +103,7 @@ def add_summary(folder: Path, name: str, fps: float, mean_ms: float, **ours: obj
 def make_page(folder: Path, *args: object, metrics: tuple[str, ...] = ("m.json",)) -> Page:
     files = [folder / name for name in metrics]
     pictures = "--labels", folder / "labels", "--data", folder
-    run(SCRIPT, *files, *pictures, *args, "--output", folder / "page.html")
+    assert report.main([str(arg) for arg in (*files, *pictures, *args, "--output", folder / "page.html")]) == 0
     return Page(folder / "page.html")
 
 
