@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 AUXILIARY, MAIN = 0, 1  # the network's outputs
 LABEL_ENDING, PICTURE_ENDING = "_gtFine_labelIds.png", "_leftImg8bit.png"
@@ -563,7 +562,7 @@ def score_all(frames: list[Frame], workers: int) -> Score:
     with ThreadPoolExecutor(workers) as pool:
         try:
             scores = pool.map(score_or_fault, frames)
-            total = add_up(tqdm(scores, total=len(frames), unit="frame", disable=True if RANK else None))
+            total = add_up(show_progress(scores, len(frames)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -795,6 +794,15 @@ def write_json(path: Path, metrics: dict) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def show_progress(frames: Iterable, total: int) -> Iterable:
+    """Show a bar where somebody may look at it; tqdm takes a tenth of a second to import."""
+    if RANK or not sys.stderr.isatty():
+        return frames
+    from tqdm import tqdm
+
+    return tqdm(frames, total=total, unit="frame")
 
 
 def join_ranks() -> None:

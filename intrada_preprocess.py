@@ -23,13 +23,13 @@ import os
 import shlex
 import stat
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 HEIGHT, WIDTH = 512, 1024
 INPUT_BYTES = 4 * 3 * HEIGHT * WIDTH
@@ -177,7 +177,7 @@ def convert_all(pictures: list[Path], save_dir: Path, workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         try:
             futures = [pool.submit(convert, picture, save_dir) for picture in pictures]
-            for future in tqdm(as_completed(futures), total=len(futures), unit="frame", disable=True if RANK else None):
+            for future in show_progress(as_completed(futures), len(futures)):
                 if isinstance(future.exception(), InputError):
                     faults.append(str(future.exception()))
                 else:
@@ -208,6 +208,15 @@ def prepare_folder(save_dir: Path, pictures: dict[str, Path]) -> None:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+def show_progress(frames: Iterable, total: int) -> Iterable:
+    """Show a bar where somebody may look at it; tqdm takes a tenth of a second to import."""
+    if RANK or not sys.stderr.isatty():
+        return frames
+    from tqdm import tqdm
+
+    return tqdm(frames, total=total, unit="frame")
 
 
 def join_ranks() -> None:

@@ -142,6 +142,7 @@ def test_facts_that_two_scripts_hold_are_equal():
         "processors",
         "positive",
         "percent",
+        "show_progress",
         "beside",
     ],
 )
