@@ -8,7 +8,7 @@
 -> one HTML file that needs nothing else: no network, no script
 
    $ python3 intrada_report.py metrics_bs1.json --labels labels_bs1 --data /data/cityscapes --output report.html
-   report.html: 1 run, 500 frames, 9.1 MB
+   report.html: 1 run, 500 frames, 8.4 MB
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import io
 import json
 import os
 import shlex
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +77,7 @@ CHART_STYLE = {
     "text.parse_math": False,
 }
 BAR, WORST_BAR = "#3b82c4", "#d9622b"
+DOTS = "#e8b004", "#35a16b", "#a05cc4", "#e377a8", "#7a8793"
 
 
 class InputError(Exception):
@@ -120,28 +123,41 @@ def read_json(path: Path, keys: tuple[str, ...], maker: str) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read the metrics of a run, named by its file."""
-    keys = "split", "frames", "miou", "iou", "pixel_accuracy", "confusion_matrix", "per_frame"
+    """Read the metrics of a run, named by its file.
+
+    Raises:
+        InputError: they are not those of intrada_postprocess.py.
+    """
+    keys = "split", "result_dir", "frames", "miou", "iou", "pixel_accuracy", "confusion_matrix", "per_frame"
     run = read_json(path, keys, "intrada_postprocess.py --json")
-    if list(run["iou"]) != NAMES:
+    if not isinstance(run["iou"], dict) or list(run["iou"]) != NAMES:
         raise InputError(
             f"{path}: other classes than Cityscapes' 19; expected what intrada_postprocess.py --json wrote"
         )
-    return {**run, "name": path.stem}
+    return {**run, "name": name_of(path)}
+
+
+def name_of(path: Path) -> str:
+    """Name a run by its file; a byte that is no UTF-8 would not go into the page."""
+    return path.stem.encode("utf-8", "replace").decode()
 
 
 def read_speed(path: Path) -> dict[str, Any]:
     """Read a summary of ais_bench, which has no batch size, or of intrada_infer.py."""
     summary = read_json(path, ("NPU_compute_time", "throughput"), "ais_bench or intrada_infer.py")
     times, fps = summary["NPU_compute_time"], summary["throughput"]
-    batch_size = summary.get("batchsize", round(fps * times["mean"] / 1000))
+    try:
+        mean_ms, p99_ms = times["mean"], times["percentile(99%)"]
+        batch_size = summary.get("batchsize", round(fps * mean_ms / 1000))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a whole summary: {error!r}; measure again") from None
     args, versions = summary.get("args", []), summary.get("versions", {})
     return {
-        "name": path.stem,
+        "name": name_of(path),
         "batch_size": batch_size,
         "fps": fps,
-        "mean_ms": times["mean"],
-        "p99_ms": times["percentile(99%)"],
+        "mean_ms": mean_ms,
+        "p99_ms": p99_ms,
         "end_to_end_fps": summary.get("end_to_end_throughput"),
         "published_fps": PUBLISHED_FPS.get(batch_size),
         "model": summary.get("model") or dict(zip(args, args[1:])).get("--model", "model unknown"),
@@ -149,6 +165,12 @@ def read_speed(path: Path) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or "versions unknown",
         "command": shlex.join(map(str, args)),
     }
+
+
+def tell_apart(runs: list[dict[str, Any]], paths: list[Path]) -> list[dict[str, Any]]:
+    """Name runs by their whole paths where their files have one name."""
+    times = Counter(run["name"] for run in runs)
+    return [run if times[run["name"]] == 1 else {**run, "name": str(path)} for run, path in zip(runs, paths)]
 
 
 def find_frames(run: dict[str, Any], data_dir: Path, labels: Path) -> list[Frame]:
@@ -209,7 +231,7 @@ def draw_panels(frame: Frame, size: tuple[int, int]) -> list[Panel]:
     and one that is wrong has the colour of its true class.
 
     Raises:
-        InputError: a file is damaged, or the label map has another size than the label.
+        InputError: a file is damaged, or the label map is not the one that the metrics are of.
     """
     prediction = read_train_ids(frame.label_map)
     panels = [("picture", read_picture(frame.picture).convert("RGB").resize(size, Image.BOX))]
@@ -217,6 +239,8 @@ def draw_panels(frame: Frame, size: tuple[int, int]) -> list[Panel]:
         truth = read_train_ids(frame.truth)
         if truth.shape != prediction.shape:
             raise InputError(f"{frame.label_map}: {prediction.shape}, its label {truth.shape}; of another data set?")
+        if not np.isclose(miou_of(truth, prediction), frame.miou or 0, rtol=0, atol=1e-9):
+            raise InputError(f"{frame.label_map}: not the prediction that the metrics are of; --labels of another run?")
         errors = np.where((prediction == truth) & (truth != IGNORED), np.uint8(RIGHT), truth)
         panels += [
             ("truth", colour(truth, size)),
@@ -226,6 +250,16 @@ def draw_panels(frame: Frame, size: tuple[int, int]) -> list[Panel]:
     else:
         panels += [("prediction", colour(prediction, size))]
     return [Panel(title, data_uri(image), size) for title, image in panels]
+
+
+def miou_of(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """Compute a frame's mIoU over the classes that occur, 0 without any; of (H, W) train ids."""
+    size = len(CLASSES) + 1
+    counts = np.bincount(truth.ravel() * np.int64(size) + prediction.ravel(), minlength=size * size)
+    confusion = counts.reshape(size, size)[:IGNORED, :IGNORED]
+    hits = np.diag(confusion)
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
+    return float(np.mean(hits[union > 0] / union[union > 0])) if union.any() else 0.0
 
 
 def read_train_ids(path: Path) -> np.ndarray:
@@ -264,26 +298,22 @@ def draw_frames(frames: list[Frame], size: tuple[int, int]) -> list[tuple[Frame,
 # ---------------------------------------------------------------------------------------------------- charts
 
 
-def draw_classes(runs: list[dict[str, Any]]) -> Markup:
-    """Draw the IoU of each class, the worst at the top: the first run as bars, the others and baselines as marks."""
-    first, *others = runs
+def draw_classes(first: dict[str, Any], others: list[dict[str, Any]]) -> Markup:
+    """Draw the IoU of each class, the worst at the top: a run as bars, its baseline and other runs as marks."""
     order = sorted(NAMES, key=lambda name: (first["iou"][name] is None, first["iou"][name] or 0), reverse=True)
     values = [100 * (first["iou"][name] or 0) for name in order]
     figure = Figure(figsize=(5.2, 6.2), layout="constrained")
     axes = figure.add_subplot()
     known = [name for name in order if first["iou"][name] is not None]
-    axes.barh(order, values, color=[WORST_BAR if name in known[-3:] else BAR for name in order], label=first["name"])
+    axes.barh(order, values, color=[WORST_BAR if name in known[-3:] else BAR for name in order])
     for n, value in enumerate(values):
         text = f"{value:.1f}" if first["iou"][order[n]] is not None else "does not occur"
         axes.text(2, n, text, va="center", fontsize=8, color="white" if value > 15 else INK)
-    marks = [(run["name"], run["iou"], "o") for run in others]
-    marks += [(f"baseline of {run['name']}", run["baseline"]["iou"], "|") for run in runs if "baseline" in run]
-    for name, iou, mark in marks:
-        shown = [(100 * iou[name], n) for n, name in enumerate(order) if iou[name] is not None]
-        style = {"color": INK, "markeredgewidth": 2} if mark == "|" else {"markeredgecolor": INK}
-        axes.plot(*zip(*shown), mark, markersize=9, label=name, **style)
-    if marks:
-        figure.legend(loc="outside lower center", fontsize=8, frameon=False, labelcolor=INK)
+    marks = [(run["iou"], "o", colour) for run, colour in zip(others, cycle(DOTS))]
+    marks += [(first["baseline"]["iou"], "|", INK)] if "baseline" in first else []
+    for iou, mark, colour in marks:
+        known = [(100 * iou[name], n) for n, name in enumerate(order) if iou[name] is not None]
+        axes.scatter(*zip(*known), s=60, c=colour, marker=mark, linewidths=2 if mark == "|" else 0, zorder=3)
     axes.set(xlim=(0, 100), xlabel="IoU, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.01)
@@ -375,7 +405,7 @@ p { margin: .4rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .2rem 1rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-th { font-weight: 500; }
+th { font-weight: 500; white-space: normal; overflow-wrap: normal; }
 svg { width: 100%; height: auto; display: block; }
 .matrix svg { min-width: 34rem; }
 figure { margin: 0; min-width: 0; }
@@ -389,12 +419,19 @@ figcaption { font-size: .8rem; }
 i { display: inline-block; width: .9em; height: .9em; margin-right: .35em; border: 1px solid var(--faint);
   border-radius: .15em; vertical-align: -.08em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .class { white-space: nowrap; }
+i.dot { border-radius: 50%; }
+i.tick { width: 3px; background: var(--ink); border: 0; }
 pre { white-space: pre-wrap; font-size: .8rem; margin: .3rem 0; }
 @media print {
   :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --faint: #444; --line: #bbb; --good: #1a7f4b;
     --bad: #b3381d; }
   body { max-width: none; padding: 0; }
+  h2 { break-after: avoid; }
   .card { break-inside: avoid; }
+  .sides { grid-template-columns: minmax(0, 1fr); }
+  .panels { grid-template-columns: 1fr 1fr; }
+  .wide { overflow: visible; }
+  .wide th, .wide td { padding-right: .5rem; }
 }
 </style>
 </head>
@@ -427,18 +464,23 @@ frames at once.</p>
 <p>{{ run.frames }} frames, and no pixel of the split has a class.</p>
 {% else %}
 <p class="large">{{ run.miou | percent }} %</p>
-<p>mIoU of {{ run.frames }} frames, pixel accuracy {{ run.pixel_accuracy | percent }} %</p>
+<p>mIoU of {{ run.frames }} frames of {{ run.split }}, pixel accuracy {{ run.pixel_accuracy | percent }} %</p>
 {% if run.expected %}
 <p>expected: {{ run.expected.percent }} %, {{ (run.miou - run.expected.percent / 100) | percent("+") }} points, at most
 {{ run.expected.tolerance }} allowed: {{ verdict(run.expected.passed) }}</p>
 {% endif %}
-<p>published on 310P3: {{ published_miou | percent }} %, {{ (run.miou - published_miou) | percent("+") }} points</p>
+<p>published on 310P3, of the 500 frames of val: {{ published_miou | percent }} %
+{%- if run.split == "val" and run.frames == 500 %}
+, {{ (run.miou - published_miou) | percent("+") }} points
+{% endif %}
+</p>
 {% if run.baseline %}
 <p>baseline: {{ run.baseline.miou | percent }} %, {{ (run.miou - run.baseline.miou) | percent("+") }} points</p>
 {% endif %}
 {% endif %}
 {% if run.baseline %}
-<p>{{ run.baseline.agreement | percent }} % of the pixels as in the baseline: {{ verdict(run.baseline.passed) }}</p>
+<p>logits like the baseline's: {{ verdict(run.baseline.passed) }}</p>
+<p>labels like the baseline's: {{ run.baseline.agreement | percent }} % of the pixels</p>
 {% endif %}
 </div>
 {% endfor %}
@@ -458,11 +500,20 @@ frames at once.</p>
 <p class="faint">frames/s, mean and p99 count the model alone; end to end counts reading and writing as well.</p>
 {% endif %}
 
-{% if classes_chart %}
+{% if charted %}
 <h2>Classes</h2>
 <div class="sides">
 <figure class="card">{{ classes_chart }}
-<figcaption>{{ runs[0].name }}; the worst class at the top, the three worst in another colour</figcaption></figure>
+<figcaption>The worst class at the top, the three worst in another colour
+<ul class="legend">
+<li><i style="background:{{ bar }}"></i>{{ charted.name }}</li>
+{% if charted.baseline %}
+<li><i class="tick"></i>baseline of {{ charted.name }}</li>
+{% endif %}
+{% for run, colour in others %}
+<li><i class="dot" style="background:{{ colour }}"></i>{{ run.name }}</li>
+{% endfor %}
+</ul></figcaption></figure>
 <div class="card wide"><table>
 <tr><th>IoU, %</th>
 {% for run in runs %}
@@ -486,9 +537,10 @@ frames at once.</p>
 <h2>Confusions</h2>
 <div class="sides">
 <figure class="card wide matrix">{{ confusion_chart }}
-<figcaption>{{ runs[0].name }}: of a row's true pixels, the percentage that is called by the column's name</figcaption>
+<figcaption>{{ charted.name }}: of a row's true pixels, the percentage that is called by the column's
+name</figcaption>
 </figure>
-<div class="card"><p>The largest of {{ runs[0].name }}:</p><ul>
+<div class="card"><p>The largest of {{ charted.name }}:</p><ul>
 {% for share, truth, prediction in confusions %}
 <li>{{ share }} % of {{ swatch(truth) }} is called {{ swatch(prediction) }}</li>
 {% else %}
@@ -510,12 +562,12 @@ frames at once.</p>
 {% endfor %}
 {% endfor %}
 </table></div>
-<p>{{ verdict(run.baseline.passed) }} asked for: cosine at least {{ run.baseline.least_cosine }}, relative distance at
-most {{ run.baseline.largest_relative_distance }}.</p>
+<p>{{ verdict(run.baseline.passed) }} asked for, at every frame and output: cosine at least
+{{ run.baseline.least_cosine }}, relative distance at most {{ run.baseline.largest_relative_distance }}.</p>
 <p>Labels agree at {{ run.baseline.agreement | percent }} % of the pixels.
 {% if run.baseline.flips %}
 Of the {{ run.baseline.flips }} that differ, {{ run.baseline.harmless_flips | percent }} % lie where the baseline's two
-largest logits are closer than the frame's largest difference.
+largest logits are no further apart than the frame's largest difference.
 {% endif %}
 They agree least at:</p>
 <ul>
@@ -570,10 +622,10 @@ def render(runs: list[dict[str, Any]], speeds: list[dict[str, Any]], frames: lis
     """Fill the page in; everything from outside is escaped."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters.update(percent=percent, fixed=fixed)
-    first, scored = runs[0], [frame for frame in frames if frame.miou is not None]
-    labelled = first["miou"] is not None
+    scored = [frame for frame in frames if frame.miou is not None]
+    charted, *others = [run for run in runs if run["miou"] is not None] or [None]
     with matplotlib.rc_context(CHART_STYLE):
-        charts = (draw_classes(runs), draw_confusion(first)) if labelled else (None, None)
+        charts = (draw_classes(charted, others), draw_confusion(charted)) if charted else (None, None)
     return environment.from_string(TEMPLATE).render(
         runs=runs,
         speeds=speeds,
@@ -582,9 +634,12 @@ def render(runs: list[dict[str, Any]], speeds: list[dict[str, Any]], frames: lis
         colours=dict(zip(NAMES, COLOURS)),
         ignored=COLOURS[IGNORED],
         right=COLOURS[RIGHT],
+        bar=BAR,
+        charted=charted,
+        others=list(zip(others, cycle(DOTS))),
         classes_chart=charts[0],
         confusion_chart=charts[1],
-        confusions=find_confusions(first),
+        confusions=find_confusions(charted) if charted else [],
         worst=draw_frames(sorted(scored, key=lambda frame: frame.miou)[:WORST_FRAMES], LARGE),
         gallery=draw_frames(frames, SMALL),
     )
@@ -601,16 +656,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.labels) != bool(args.data):
         parser.error("--labels and --data go together")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: no such folder")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    runs = [read_run(path) for path in args.metrics]
-    speeds = sorted(map(read_speed, args.perf), key=lambda speed: speed["batch_size"])
+    runs = tell_apart([read_run(path) for path in args.metrics], args.metrics)
+    speeds = tell_apart([read_speed(path) for path in args.perf], args.perf)
+    speeds.sort(key=lambda speed: speed["batch_size"])
     frames = find_frames(runs[0], args.data, args.labels) if args.labels else []
     part = args.output.with_name(args.output.name + ".part")
-    part.write_text(render(runs, speeds, frames), encoding="utf-8")
+    part.write_text(render(runs, speeds, frames), encoding="utf-8", errors="replace")
     os.replace(part, args.output)
     told = f"{len(runs)} runs, {len(frames)} frames" if len(runs) > 1 else f"1 run, {len(frames)} frames"
     print(f"{args.output}: {told}, {args.output.stat().st_size / 1e6:.1f} MB")

@@ -294,12 +294,11 @@ def test_a_split_without_labels_gets_label_maps_of_its_pictures_size_and_no_metr
     metrics = json.loads((tmp_path / "m.json").read_text())
     assert (metrics["frames"], metrics["miou"], set(metrics["iou"].values())) == (1, None, {None})
     assert metrics["pixel_accuracy"] is None
-    for refused in ([], ["--expect", 47.01]):
+    for refused in ([], ["--expect", 47.01], [*options, "--expect", 47.01]):
         assert (
             f"{tmp_path}/gtFine/test: no <city>/<frame>_gtFine_labelIds.png here; DATA_DIR is the folder"
             in error_of(SCRIPT, tmp_path, tmp_path / "r", "--split", "test", *refused)
         )
-    assert error_of(SCRIPT, tmp_path, tmp_path / "r", *options, "--expect", 47.01).startswith("no pixel of split test")
 
 
 def test_a_picture_without_results_is_named_where_there_are_no_labels(golden_results, tmp_path):
@@ -317,6 +316,8 @@ def test_blank_labels_as_of_cityscapes_test_give_label_maps_and_no_metrics(tmp_p
     add_frame(tmp_path, "ulm_000000_000000", np.full((65, 129), 255), np.full((65, 129), 3))
     done = run(SCRIPT, tmp_path, tmp_path / "r", "--save_labels", tmp_path / "labels")
     assert done.stdout.endswith("\nno metrics: no pixel of split val has a class\n")
+    message = error_of(SCRIPT, tmp_path, tmp_path / "r", "--save_labels", tmp_path / "labels", "--expect", 47.01)
+    assert message.startswith("no pixel of split val has a class")
 
 
 def test_a_label_map_that_cannot_be_written_is_told(golden_results, tmp_path):
@@ -355,12 +356,17 @@ def test_an_expected_miou_passes_up_to_the_tolerance_s_edges(quarter, capsys, ex
     options = "--expect", expect, "--tolerance", tolerance
     metrics = metrics_of(quarter, quarter / "r", *options, status=0 if passed else 1)
     stdout = capsys.readouterr().out
-    verdict = f"PASS: mIoU 25.00 is within {tolerance} of {expect}"
+    verdict = f"PASS: mIoU 25.0000 is within {float(tolerance)} of {float(expect)}"
     if not passed:
-        verdict = f"FAIL: mIoU 25.00 is not within {tolerance} of {expect}"
+        verdict = f"FAIL: mIoU 25.0000 is not within {float(tolerance)} of {float(expect)}"
     assert f"\nmIoU = 25.00\n\n{verdict}\n" in stdout
     assert stdout.endswith(f"{verdict}\n") == passed
     assert metrics["expected"] == {"percent": expect, "tolerance": tolerance, "passed": passed}
+
+
+def test_a_folder_for_json_that_is_not_there_is_told_before_anything_runs(golden_results):
+    stderr = run(SCRIPT, GOLDEN_DATA_DIR, golden_results, "--json", "/no/m.json", status=2).stderr
+    assert "--json /no/m.json: no such folder" in stderr
 
 
 @pytest.mark.parametrize("value", ["-1", "101", "nan", "many"])
@@ -371,7 +377,7 @@ def test_an_expectation_that_is_no_percentage_is_wrong_usage(golden_results, val
 @pytest.fixture
 def found_causes(quarter, capsys) -> Callable[[], list[str]]:
     """Tell what is found in the data to explain a missed expectation."""
-    return lambda: causes_in(metrics_of(quarter, quarter / "r", "--expect", 99, status=1) and capsys.readouterr().out)
+    return lambda: causes_in(metrics_of(quarter, quarter / "r", "--expect", 100, status=1) and capsys.readouterr().out)
 
 
 def causes_in(stdout: str) -> list[str]:
@@ -408,19 +414,40 @@ def test_frames_of_one_class_each_are_told(quarter, found_causes):
 
 
 def test_constant_logits_are_told(quarter, found_causes):
+    add_frame(quarter, "ulm_000000_000000", np.ones((65, 129), int), np.zeros((65, 129), int))
     np.full((19, 65, 129), 7, "<f4").tofile(quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin")
     assert found_causes() == [
         "- the logits of every frame are constant: the model did not compute, or its input was not read"
     ]
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_huge_logits_are_told(quarter, found_causes, sign):
+@pytest.mark.parametrize("value", [1100, -65504])
+def test_huge_logits_are_told(quarter, found_causes, value):
     path = quarter / "r" / "ulm_000000_000000_leftImg8bit_1.bin"
     logits = np.fromfile(path, "<f4").reshape(19, 65, 129)
-    logits[5, 0, 0] = sign * 65504
+    logits[5, 0, 0] = value
     logits.tofile(path)
-    assert found_causes() == ["- logits up to 65504, where some tens are usual: overflow of FP16, or another network"]
+    assert found_causes() == [
+        f"- logits up to {abs(value)}, where some tens are usual: overflow of FP16, or another network"
+    ]
+
+
+def test_a_damaged_auxiliary_output_does_not_hide_that_the_expectation_is_missed(quarter, found_causes):
+    np.full((19, 65, 129), np.inf, "<f4").tofile(quarter / "r" / "ulm_000000_000000_leftImg8bit_0.bin")
+    assert found_causes() == ["- nothing in the data at hand tells the cause"]
+
+
+def test_too_high_a_miou_is_not_explained_by_what_lowers_it(quarter, capsys):
+    auxiliary = np.zeros((19, 65, 129), "<f4")
+    auxiliary[0] = 1
+    auxiliary.tofile(quarter / "r" / "ulm_000000_000000_leftImg8bit_0.bin")  # scores better
+    metrics_of(quarter, quarter / "r", "--expect", 10, status=1)
+    likely = capsys.readouterr().out.split("found:\n")[1].splitlines()
+    assert likely[0] == "- nothing in the data at hand tells the cause"
+    assert [line.split(":")[0] for line in likely[2:]] == [
+        "- another split than the results are of",
+        "- another checkpoint",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- baselines
@@ -519,7 +546,8 @@ def test_with_noise_the_comparison_is_what_an_independent_computation_gives(tmp_
     assert baseline["miou"] == pytest.approx(iou[1].mean(), abs=1e-4)
     assert baseline["passed"] is True
     assert done.stdout.endswith(
-        "\nPASS: cosine at least 0.99 and relative distance at most 0.05 at every frame and output\n"
+        "\nPASS: logits like the baseline's "
+        "(cosine at least 0.99 and relative distance at most 0.05 at every frame and output)\n"
     )
 
 
@@ -551,11 +579,37 @@ def test_a_baseline_too_far_off_fails_and_says_where(tmp_path, output):
     metrics_of(tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
     (theirs[1, output] * 1.06).tofile(path)  # 0.057
     done = run(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", status=1)
-    assert done.stdout.splitlines()[-1] == (
-        "FAIL: the baseline asks for cosine at least 0.99 and relative distance at most 0.05; "
-        f"output {output}: relative distance 0.056604 at ulm_000000_000001"
+    assert done.stdout.splitlines()[-1].startswith(
+        "FAIL: logits unlike the baseline's (cosine at least 0.99 and relative distance at most 0.05 asked for): "
+        f"output {output}: relative distance 0.056603"
     )
+    assert done.stdout.endswith(" at ulm_000000_000001\n")
     assert done.stderr == ""
+
+
+def test_logits_of_another_direction_fail_by_cosine_too(tmp_path, capsys):
+    add_labels(tmp_path, 1)
+    add_results(tmp_path, "ours", 1, noise=2)
+    add_results(tmp_path, "theirs", 1, noise=0)
+    baseline = metrics_of(tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs", status=1)["baseline"]
+    cosine = baseline["outputs"][0]["cosine"]["worst"]
+    assert cosine < 0.99
+    assert f": output 0: cosine {cosine:.8g} at ulm_000000_000000; output 0: relative" in capsys.readouterr().out
+
+
+def test_the_five_frames_that_agree_least_and_each_class_s_change_are_printed(tmp_path, capsys):
+    add_labels(tmp_path, 6)
+    add_results(tmp_path, "ours", 6, noise=0.02)
+    add_results(tmp_path, "theirs", 6, noise=0)
+    metrics = metrics_of(tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
+    baseline, stdout = metrics["baseline"], capsys.readouterr().out
+    assert len(baseline["least_agreeing"]) == 5
+    assert f"{baseline['flips']} pixels differ, {100 * baseline['harmless_flips']:.2f} % of them where" in stdout
+    row = next(line.split() for line in stdout.splitlines() if line.startswith("bicycle"))
+    iou, other, change = (100 * found["bicycle"] for found in (metrics["iou"], baseline["iou"], baseline["iou_change"]))
+    assert (row[1], row[4]) == (f"{iou:.2f}", f"{other:.2f}")
+    assert float(row[5]) == pytest.approx(change, abs=0.006)
+    assert change != 0
 
 
 def test_logits_without_direction_are_compared(tmp_path):

@@ -6,9 +6,11 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ import intrada_report as report
 from support import ROOT, error_of, run
 
 SCRIPT = "intrada_report.py"
+SVG = "{http://www.w3.org/2000/svg}"
+NAMES = report.NAMES
 HOSTILE = "<img src=x onerror=alert(1)>&\"'"
 LABEL_IDS = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33, 3], np.uint8)
 SIZE = 128, 64  # width, height of the frames
@@ -30,9 +34,10 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self.source = path.read_text(encoding="utf-8")
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(self.source)
         self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
@@ -85,8 +90,8 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def score(folder: Path, name: str, *options: object, status: int = 0) -> dict:
-    files = folder, folder / "r", "--json", folder / name, "--save_labels", folder / "labels"
+def score(folder: Path, name: str, *options: object, status: int = 0, labels: str = "labels") -> dict:
+    files = folder, folder / "r", "--json", folder / name, "--save_labels", folder / labels
     assert postprocess.main([str(arg) for arg in (*files, *options)]) == status
     return json.loads((folder / name).read_text())
 
@@ -100,6 +105,21 @@ def add_summary(folder: Path, name: str, fps: float, mean_ms: float, **ours: obj
     return folder / name
 
 
+def svgs_of(page: Page) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
+
+
+def texts_of(svg: ElementTree.Element) -> list[tuple[str, float, float]]:
+    """List a chart's texts with their places, x and y in its own units."""
+    places = []
+    for element in svg.iter(f"{SVG}text"):
+        x, y = element.get("x"), element.get("y")
+        if x is None:
+            x, y = re.search(r"translate\(([-\d.]+) ([-\d.]+)\)", element.get("transform")).groups()
+        places.append((element.text, float(x), float(y)))
+    return places
+
+
 def make_page(folder: Path, *args: object, metrics: tuple[str, ...] = ("m.json",)) -> Page:
     files = [folder / name for name in metrics]
     pictures = "--labels", folder / "labels", "--data", folder
@@ -111,14 +131,72 @@ def test_the_page_tells_the_figures_of_the_metrics(folder):
     page = make_page(folder)
     metrics = json.loads((folder / "m.json").read_text())
     miou = 100 * metrics["miou"]
-    assert f"m {miou:.2f} % mIoU of 7 frames, pixel accuracy {100 * metrics['pixel_accuracy']:.2f} %" in page.text
-    assert f"published on 310P3: 47.01 %, {miou - 47.01:+.2f} points" in page.text
+    accuracy = 100 * metrics["pixel_accuracy"]
+    assert f"m {miou:.2f} % mIoU of 7 frames of val, pixel accuracy {accuracy:.2f} %" in page.text
+    assert "published on 310P3, of the 500 frames of val: 47.01 % Classes" in page.text
     assert f"sidewalk {100 * metrics['iou']['sidewalk']:.2f} " in page.text
     confusion = np.array(metrics["confusion_matrix"])
     share = confusion[1, 0] / confusion[1].sum()
     assert f"The largest of m: {100 * share:.0f} % of sidewalk is called road" in page.text
     assert "is called sidewalk" not in page.text  # nothing is
     assert "does not occur" in page.text  # the other classes, in the chart
+
+
+def test_the_charts_begin_with_the_worst_class_and_hold_the_matrix_by_rows_of_truth(folder):
+    metrics = json.loads((folder / "m.json").read_text())
+    classes, confusion = (ElementTree.fromstring(svg) for svg in svgs_of(make_page(folder)))
+    heights = {text: y for text, _, y in texts_of(classes)}
+    iou = {name: value for name, value in metrics["iou"].items() if value is not None}
+    assert sorted(iou, key=heights.get) == sorted(iou, key=iou.get)
+    assert [heights[f"{100 * value:.1f}"] for value in iou.values()] == pytest.approx(
+        [heights[name] for name in iou], abs=4
+    )
+    bars = [path.get("style") for path in classes.iter(f"{SVG}path") if "fill: #" in (path.get("style") or "")]
+    assert [re.search("#......", bar)[0] for bar in bars][-3:] == [report.WORST_BAR] * 3  # drawn from below
+
+    cells = {text: (x, y) for text, x, y in texts_of(confusion)}
+    matrix = np.array(metrics["confusion_matrix"])
+    x, y = cells[f"{100 * matrix[1, 0] / matrix[1].sum():.0f}"]  # sidewalk called road
+    rows, columns = ({name: [p for t, *p in texts_of(confusion) if t == name] for name in NAMES} for _ in range(2))
+    assert y == pytest.approx(max(y for x, y in rows["sidewalk"] if x < 100), abs=6)
+    assert x == pytest.approx(min((x for x, y in columns["road"] if y > 400), default=0), abs=8)
+
+
+def test_a_published_figure_is_compared_with_500_frames_of_val_alone(folder):
+    metrics = json.loads((folder / "m.json").read_text())
+    (folder / "val.json").write_text(json.dumps({**metrics, "frames": 500}))
+    (folder / "train.json").write_text(json.dumps({**metrics, "frames": 500, "split": "train"}))
+    run(SCRIPT, folder / "val.json", folder / "train.json", "--output", folder / "page.html")
+    points = f"47.01 %, {100 * metrics['miou'] - 47.01:+.2f} points"
+    assert Page(folder / "page.html").text.count(points) == 1
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(folder):
+    (folder / "b").mkdir()
+    shutil.copy(folder / "m.json", folder / "b" / "m.json")
+    page = make_page(folder, metrics=("m.json", "b/m.json"))
+    assert f"{folder}/b/m.json {100 * json.loads((folder / 'm.json').read_text())['miou']:.2f} %" in page.text
+
+
+def test_a_run_without_metrics_stands_beside_one_with_them(folder):
+    metrics = json.loads((folder / "m.json").read_text())
+    empty = {**metrics, "miou": None, "pixel_accuracy": None, "iou": dict.fromkeys(metrics["iou"])}
+    (folder / "empty.json").write_text(json.dumps({**empty, "confusion_matrix": [[0] * 19] * 19}))
+    for names in (["m.json", "empty.json"], ["empty.json", "m.json"]):
+        run(SCRIPT, *[folder / name for name in names], "--output", folder / "page.html")
+        page = Page(folder / "page.html")
+        assert "no mIoU 7 frames, and no pixel of the split has a class." in page.text
+        assert "The largest of m: " in page.text
+        assert not {text for text, *_ in texts_of(ElementTree.fromstring(svgs_of(page)[0]))} & {"o", "|"}
+
+
+def test_label_maps_of_another_run_are_refused(folder):
+    path = folder / "labels" / "ulm_000000_000005_predicted_labelIds.png"
+    shutil.copy(folder / "labels" / "ulm_000000_000006_predicted_labelIds.png", path)
+    options = "--labels", folder / "labels", "--data", folder, "--output", folder / "page.html"
+    assert error_of(SCRIPT, folder / "m.json", *options) == (
+        f"{path}: not the prediction that the metrics are of; --labels of another run?"
+    )
 
 
 def test_the_worst_frames_come_first_and_every_frame_has_its_line(folder):
@@ -166,7 +244,9 @@ def test_several_runs_stand_side_by_side_with_baseline_expectation_and_speed(fol
             folder / "r" / f"ulm_000000_000006_leftImg8bit_{output}.bin",
             folder / "r" / f"ulm_000000_000000_leftImg8bit_{output}.bin",
         )
-    changed = score(folder, "changed.json", "--baseline", folder / "baseline", "--expect", 47.01, status=1)
+    changed = score(
+        folder, "changed.json", "--baseline", folder / "baseline", "--expect", 47.01, status=1, labels="other"
+    )
     ais = add_summary(folder, "perf_bs4_summary.json", 43.64, 91.66)
     ours = add_summary(
         folder, "perf_bs1_summary.json", 0.25, 4000, batchsize=1, end_to_end_throughput=0.24, provider="cpu",
@@ -175,12 +255,16 @@ def test_several_runs_stand_side_by_side_with_baseline_expectation_and_speed(fol
     page = make_page(folder, "--perf", ais, ours, metrics=("m.json", "changed.json"))
     for name in ("m", "changed"):
         metrics = json.loads((folder / f"{name}.json").read_text())
-        assert f"{name} {100 * metrics['miou']:.2f} % mIoU of 7 frames" in page.text
-    assert "expected: 47.01 %" in page.text
+        assert f"{name} {100 * metrics['miou']:.2f} % mIoU of 7 frames of val" in page.text
+    assert f"expected: 47.01 %, {100 * changed['miou'] - 47.01:+.2f} points, at most 0.1 allowed: FAIL" in page.text
     assert page.text.count("FAIL") == 3  # expectation and baseline on the card, baseline in its chapter
-    assert f"{100 * changed['baseline']['agreement']:.2f} % of the pixels as in the baseline: FAIL" in page.text
+    miou = changed["baseline"]["miou"]
+    assert f"baseline: {100 * miou:.2f} %, {100 * (changed['miou'] - miou):+.2f} points" in page.text
+    agreement = changed["baseline"]["agreement"]
+    assert f"like the baseline's: FAIL labels like the baseline's: {100 * agreement:.2f} % of the pixels" in page.text
     assert f"changed against {folder}/baseline" in page.text
-    assert "baseline of changed" in page.text  # in the chart
+    assert "colour m changed Classes" not in page.text
+    assert "in another colour m changed " in page.text  # the chart's legend
     change = changed["baseline"]["iou_change"]["sidewalk"]
     assert f"{100 * change:+.2f}" in page.text.split("sidewalk")[2]
     cosine = changed["baseline"]["outputs"][1]["cosine"]["worst"]
@@ -261,8 +345,8 @@ def test_a_label_map_of_another_size_or_kind_is_told(folder):
     ("content", "message"),
     [
         ("{", "not JSON: "),
-        ("[]", "no split, frames, miou, iou, pixel_accuracy, ... in it; expected what intrada_postprocess.py --json"),
-        ("{}", "no split, frames, miou, iou, pixel_accuracy, ... in it; expected what intrada_postprocess.py --json"),
+        ("[]", "no split, result_dir, frames, miou, iou, ... in it; expected what intrada_postprocess.py --json"),
+        ("{}", "no split, result_dir, frames, miou, iou, ... in it; expected what intrada_postprocess.py --json"),
     ],
 )
 def test_what_are_no_metrics_is_told(tmp_path, content, message):
@@ -277,6 +361,26 @@ def test_metrics_of_other_classes_and_what_is_no_summary_are_told(folder):
     assert error_of(SCRIPT, folder / "other.json").startswith(message)
     assert error_of(SCRIPT, folder / "m.json", "--perf", folder / "m.json").startswith(
         f"{folder}/m.json: no NPU_compute_time, throughput in it; expected what ais_bench or intrada_infer.py wrote"
+    )
+
+
+@pytest.mark.parametrize("times", [{}, {"mean": float("nan"), "percentile(99%)": 1}, 3])
+def test_a_summary_that_is_not_whole_is_told(folder, times):
+    (folder / "s.json").write_text(json.dumps({"NPU_compute_time": times, "throughput": 1}))
+    message = error_of(SCRIPT, folder / "m.json", "--perf", folder / "s.json")
+    assert message.startswith(f"{folder}/s.json: not a whole summary: ")
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_can_be(folder):
+    shutil.copy(folder / "m.json", os.fsencode(folder) + b"/\xff.json")
+    run(SCRIPT, os.fsdecode(os.fsencode(folder) + b"/\xff.json"), "--output", folder / "page.html")
+    assert "? 80." in Page(folder / "page.html").text
+
+
+def test_a_folder_for_the_page_that_is_not_there_is_told_before_anything_runs(folder):
+    assert (
+        "--output /no/p.html: no such folder"
+        in run(SCRIPT, folder / "m.json", "--output", "/no/p.html", status=2).stderr
     )
 
 
@@ -335,6 +439,13 @@ def test_a_browser_shows_the_page_whole_and_asks_for_nothing_else(folder, chromi
     ink = chromium.execute_script("return getComputedStyle(document.querySelector('svg text')).fill")
     brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (background, ink)]
     assert (brightness[0] > brightness[1]) == (scheme == "light")
+
+    paper = {"media": "print", "features": [scheme_feature]}
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", paper)
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**screen, "width": 718})  # A4, by default's margins
+    assert chromium.execute_script("return document.documentElement.scrollWidth") == 718
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "screen", "features": [scheme_feature]})
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
 
     height = chromium.execute_script("return document.documentElement.scrollHeight")
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**screen, "height": height})

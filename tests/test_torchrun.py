@@ -65,7 +65,7 @@ def test_ranks_score_save_and_compare_as_one_process(folder):
     label_maps = {path.name: path.read_bytes() for path in (folder / "labels").iterdir()}
     shutil.rmtree(folder / "labels")
     together = torchrun(3, *score(folder, "together.json"), *options, status=1)
-    assert "FAIL: the baseline asks for" in alone.stdout
+    assert "FAIL: logits unlike the baseline's" in alone.stdout
     assert "nothing in the data at hand tells the cause" in alone.stdout
     assert together.stdout == alone.stdout
     assert (folder / "together.json").read_bytes() == (folder / "alone.json").read_bytes()
