@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -36,6 +37,16 @@ def error_of(script: str, *args: object) -> str:
     assert stderr.startswith(start), stderr
     assert stderr.count("\n") == 1, stderr
     return stderr[len(start) : -1]
+
+
+def refusal(module: ModuleType, *args: object) -> str:
+    """Return what a script says of a user's mistake, in this process, which saves the start of another."""
+    try:
+        module.main([str(arg) for arg in args])
+    except module.InputError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError(f"{module.__name__} refuses nothing")
 
 
 def make_older(path: Path, seconds: float) -> None:

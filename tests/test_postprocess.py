@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import intrada_postprocess as postprocess
-from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, error_of, golden_logits, run
+from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, error_of, golden_logits, refusal, run
 
 SCRIPT = "intrada_postprocess.py"
 LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
@@ -228,7 +228,7 @@ def test_a_frame_without_any_class_has_no_miou_and_changes_nothing(tmp_path):
 
 def test_no_pixel_with_a_class_is_refused(tmp_path):
     add_frame(tmp_path, "ulm_000000_000000", np.full((65, 129), 255), np.full((65, 129), 3))
-    assert error_of(SCRIPT, tmp_path, tmp_path / "r").startswith("no pixel of split val has a class")
+    assert refusal(postprocess, tmp_path, tmp_path / "r").startswith("no pixel of split val has a class")
 
 
 def test_the_json_is_the_same_bytes_for_any_number_of_workers(tmp_path):
@@ -295,9 +295,8 @@ def test_a_split_without_labels_gets_label_maps_of_its_pictures_size_and_no_metr
     assert (metrics["frames"], metrics["miou"], set(metrics["iou"].values())) == (1, None, {None})
     assert metrics["pixel_accuracy"] is None
     for refused in ([], ["--expect", 47.01], [*options, "--expect", 47.01]):
-        assert (
-            f"{tmp_path}/gtFine/test: no <city>/<frame>_gtFine_labelIds.png here; DATA_DIR is the folder"
-            in error_of(SCRIPT, tmp_path, tmp_path / "r", "--split", "test", *refused)
+        assert f"{tmp_path}/gtFine/test: no <city>/<frame>_gtFine_labelIds.png here; DATA_DIR is the folder" in refusal(
+            postprocess, tmp_path, tmp_path / "r", "--split", "test", *refused
         )
 
 
@@ -306,7 +305,7 @@ def test_a_picture_without_results_is_named_where_there_are_no_labels(golden_res
         picture = tmp_path / "leftImg8bit" / "test" / "frankfurt" / f"{name}_leftImg8bit.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (48, 32)).save(picture)
-    message = error_of(SCRIPT, tmp_path, golden_results, "--split", "test", "--save_labels", tmp_path / "labels")
+    message = refusal(postprocess, tmp_path, golden_results, "--split", "test", "--save_labels", tmp_path / "labels")
     assert message.startswith(f"{golden_results}: 1 of 2 frames have no ")
     assert message.endswith("frankfurt_999999_000002")
     assert not (tmp_path / "labels").exists()
@@ -316,14 +315,14 @@ def test_blank_labels_as_of_cityscapes_test_give_label_maps_and_no_metrics(tmp_p
     add_frame(tmp_path, "ulm_000000_000000", np.full((65, 129), 255), np.full((65, 129), 3))
     done = run(SCRIPT, tmp_path, tmp_path / "r", "--save_labels", tmp_path / "labels")
     assert done.stdout.endswith("\nno metrics: no pixel of split val has a class\n")
-    message = error_of(SCRIPT, tmp_path, tmp_path / "r", "--save_labels", tmp_path / "labels", "--expect", 47.01)
+    message = refusal(postprocess, tmp_path, tmp_path / "r", "--save_labels", tmp_path / "labels", "--expect", 47.01)
     assert message.startswith("no pixel of split val has a class")
 
 
 def test_a_label_map_that_cannot_be_written_is_told(golden_results, tmp_path):
     blocked = tmp_path / "labels" / f"{GOLDEN_FRAME}_predicted_labelIds.png"
     blocked.mkdir(parents=True)
-    message = error_of(SCRIPT, GOLDEN_DATA_DIR, golden_results, "--save_labels", tmp_path / "labels")
+    message = refusal(postprocess, GOLDEN_DATA_DIR, golden_results, "--save_labels", tmp_path / "labels")
     assert message.startswith(f"1 of 1 frames cannot be scored: {blocked}: cannot be written: ")
 
 
@@ -631,7 +630,7 @@ def test_a_frame_without_one_of_the_results_to_compare_is_named(tmp_path, folder
     for name in ("ours", "theirs"):
         add_results(tmp_path, name, 2, noise=0)
     (tmp_path / folder / f"ulm_000000_000001_leftImg8bit_{output}.bin").unlink()
-    message = error_of(SCRIPT, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
+    message = refusal(postprocess, tmp_path, tmp_path / "ours", "--baseline", tmp_path / "theirs")
     assert message.startswith(f"{tmp_path}/{folder}: 1 of 2 frames have no <frame>_leftImg8bit_{output}.bin or .npy")
     assert message.endswith(": ulm_000000_000001")
 
@@ -642,12 +641,13 @@ def test_a_frame_without_one_of_the_results_to_compare_is_named(tmp_path, folder
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("ending", ["bin", "npy"])
 @pytest.mark.parametrize("folder", [".", "device0", "device1_1"])
-def test_every_layout_of_ais_bench_is_read(tmp_path, half, ending, folder):
+def test_every_layout_of_ais_bench_is_read(tmp_path, capsys, half, ending, folder):
     (tmp_path / folder).mkdir(exist_ok=True)
     logits = golden_logits().astype(np.float16 if half else np.float32)
     path = tmp_path / folder / f"{GOLDEN_FRAME}_leftImg8bit_1.{ending}"
     logits.tofile(path) if ending == "bin" else np.save(path, logits)
-    assert run(SCRIPT, GOLDEN_DATA_DIR, tmp_path).stdout.endswith("\nmIoU = 83.87\n")
+    assert postprocess.main([str(GOLDEN_DATA_DIR), str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("\nmIoU = 83.87\n")
 
 
 def test_missing_frames_are_counted_and_named(tmp_path):
@@ -656,7 +656,7 @@ def test_missing_frames_are_counted_and_named(tmp_path):
         add_frame(tmp_path, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.zeros((65, 129), int))
         if n != 3:
             (tmp_path / "r" / f"ulm_000000_{n:06}_leftImg8bit_1.bin").unlink()
-    assert error_of(SCRIPT, tmp_path, tmp_path / "r") == (
+    assert refusal(postprocess, tmp_path, tmp_path / "r") == (
         f"{tmp_path}/r: 6 of 7 frames have no <frame>_leftImg8bit_1.bin or .npy (infer them first; RESULT_DIR is what "
         "ais_bench filled, as result/result_bs1): ulm_000000_000000, ulm_000000_000001, ulm_000000_000002, "
         "ulm_000000_000004, ulm_000000_000005, ..."
@@ -666,8 +666,8 @@ def test_missing_frames_are_counted_and_named(tmp_path):
 def test_the_auxiliary_output_alone_is_told(golden_results):
     path = golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.bin"
     path.rename(golden_results / f"{GOLDEN_FRAME}_leftImg8bit_0.bin")
-    assert "(only the auxiliary output, _0: the model must have both)" in error_of(
-        SCRIPT, GOLDEN_DATA_DIR, golden_results
+    assert "(only the auxiliary output, _0: the model must have both)" in refusal(
+        postprocess, GOLDEN_DATA_DIR, golden_results
     )
 
 
@@ -679,7 +679,7 @@ def test_the_same_frame_of_two_devices_counts_once_if_equal_and_is_refused_if_no
     path.unlink()
     assert run(SCRIPT, GOLDEN_DATA_DIR, golden_results).stdout.endswith("\nmIoU = 83.87\n")
     np.zeros((19, 65, 129), "<f4").tofile(golden_results / "device1_1" / path.name)
-    assert error_of(SCRIPT, GOLDEN_DATA_DIR, golden_results) == (
+    assert refusal(postprocess, GOLDEN_DATA_DIR, golden_results) == (
         f"{golden_results}/device0_0/{path.name} and {golden_results}/device1_1/{path.name} differ: "
         "results of two runs; empty the folder and infer again, for several devices with ais_bench's --divide_input 1"
     )
@@ -699,7 +699,7 @@ def test_results_of_no_frame_are_warned_of(golden_results):
 def fault_of(data_dir: Path, result_dir: Path) -> str:
     """Return what is said of the only frame."""
     start = "1 of 1 frames cannot be scored: "
-    message = error_of(SCRIPT, data_dir, result_dir)
+    message = refusal(postprocess, data_dir, result_dir)
     assert message.startswith(start), message
     return message[len(start) :]
 
@@ -754,7 +754,7 @@ def test_all_damaged_files_are_counted_and_named(tmp_path):
         add_frame(tmp_path, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.zeros((65, 129), int))
     for n in (1, 3):
         (tmp_path / "r" / f"ulm_000000_{n:06}_leftImg8bit_1.bin").write_bytes(b"cut")
-    message = error_of(SCRIPT, tmp_path, tmp_path / "r")
+    message = refusal(postprocess, tmp_path, tmp_path / "r")
     assert message.startswith(f"2 of 4 frames cannot be scored: {tmp_path}/r/ulm_000000_000001_leftImg8bit_1.bin: ")
     assert f"; {tmp_path}/r/ulm_000000_000003_leftImg8bit_1.bin: " in message
 
@@ -762,12 +762,12 @@ def test_all_damaged_files_are_counted_and_named(tmp_path):
 def test_a_name_in_two_cities_is_refused(tmp_path):
     add_frame(tmp_path, "ulm_000000_000000", np.zeros((65, 129), int), np.zeros((65, 129), int))
     shutil.copytree(tmp_path / "gtFine" / "val" / "ulm", tmp_path / "gtFine" / "val" / "bonn")
-    assert error_of(SCRIPT, tmp_path, tmp_path / "r") == f"{tmp_path}/gtFine/val: 1 frame names occur in two cities"
+    assert refusal(postprocess, tmp_path, tmp_path / "r") == f"{tmp_path}/gtFine/val: 1 frame names occur in two cities"
 
 
 def test_the_same_frame_in_two_formats_is_refused(golden_results):
     np.save(golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.npy", golden_logits())
-    assert error_of(SCRIPT, GOLDEN_DATA_DIR, golden_results).endswith(": results of two runs; remove one of them")
+    assert refusal(postprocess, GOLDEN_DATA_DIR, golden_results).endswith(": results of two runs; remove one of them")
 
 
 def test_folders_that_are_not_there_are_told(golden_results, tmp_path):

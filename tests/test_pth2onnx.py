@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import intrada_pth2onnx as pth2onnx
-from support import DATA, error_of, run
+from support import DATA, error_of, refusal, run
 
 SCRIPT = "intrada_pth2onnx.py"
 SHAPES = json.loads((DATA / "state_dict.json").read_text())
@@ -35,14 +35,6 @@ def probe_tensor(key: str, shape: list[int]) -> torch.Tensor:
     else:
         values = rng.standard_normal(shape) * 0.1
     return torch.from_numpy(values.astype(np.float32))
-
-
-def refusal(weights: Path, path: Path) -> str:
-    """Return what the export says of a user's mistake, in this process, which has torch loaded."""
-    with pytest.raises(pth2onnx.InputError) as error:
-        pth2onnx.main([str(weights), str(path)])
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +88,7 @@ def test_keys_that_do_not_fit_are_named_by_kind(probe, tmp_path):
     wrong["fc.weight"] = torch.zeros(1)
     wrong["conv1.weight"] = torch.zeros(64, 3, 3, 3)
     torch.save(wrong, tmp_path / "x.pth")
-    assert refusal(tmp_path / "x.pth", tmp_path / "x.onnx") == (
+    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx") == (
         f"{tmp_path}/x.pth: not the weights of this network: 8 missing (layer6.conv2d_list.0.weight, "
         "layer6.conv2d_list.0.bias, layer6.conv2d_list.1.weight, layer6.conv2d_list.1.bias, "
         "layer6.conv2d_list.2.weight, ...); 1 unexpected (fc.weight); "
@@ -117,7 +109,9 @@ class Malicious:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"conv1.weight": Malicious(tmp_path / "touched")}, tmp_path / "x.pth")
-    assert refusal(tmp_path / "x.pth", tmp_path / "x.onnx").startswith(f"{tmp_path}/x.pth: not a torch checkpoint")
+    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx").startswith(
+        f"{tmp_path}/x.pth: not a torch checkpoint"
+    )
     assert not (tmp_path / "touched").exists()
 
 
@@ -128,7 +122,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 )
 def test_what_is_no_checkpoint_is_told_in_one_line(content, tmp_path):
     (tmp_path / "x.pth").write_bytes(content)
-    assert refusal(tmp_path / "x.pth", tmp_path / "x.onnx") == (
+    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx") == (
         f"{tmp_path}/x.pth: not a torch checkpoint of plain tensors, or cut short; "
         "anything else could run code and is not loaded"
     )
@@ -186,7 +180,7 @@ def test_values_that_are_no_finite_numbers_are_named(probe, tmp_path):
         "bn1.bias": torch.zeros(64, dtype=torch.int8),
     }
     torch.save(wrong, tmp_path / "x.pth")
-    assert refusal(tmp_path / "x.pth", tmp_path / "x.onnx") == (
+    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx") == (
         f"{tmp_path}/x.pth: not the weights of this network: 2 not finite numbers (bn1.bias, layer1.0.bn1.bias)"
     )
 
@@ -210,7 +204,7 @@ def test_every_opset_gives_the_same_operators(weights, tmp_path, opset):
 
 def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     for place in (tmp_path, tmp_path / "none" / "x.onnx"):
-        assert refusal(Path("x.pth"), place) == f"{place}: ONNX is a file to write, in a folder that is there"
+        assert refusal(pth2onnx, Path("x.pth"), place) == f"{place}: ONNX is a file to write, in a folder that is there"
 
 
 def test_an_opset_that_atc_cannot_read_is_wrong_usage():

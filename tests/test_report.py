@@ -19,7 +19,7 @@ from PIL import Image
 
 import intrada_postprocess as postprocess
 import intrada_report as report
-from support import ROOT, error_of, run
+from support import ROOT, error_of, refusal, run
 
 SCRIPT = "intrada_report.py"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -194,7 +194,7 @@ def test_label_maps_of_another_run_are_refused(folder):
     path = folder / "labels" / "ulm_000000_000005_predicted_labelIds.png"
     shutil.copy(folder / "labels" / "ulm_000000_000006_predicted_labelIds.png", path)
     options = "--labels", folder / "labels", "--data", folder, "--output", folder / "page.html"
-    assert error_of(SCRIPT, folder / "m.json", *options) == (
+    assert refusal(report, folder / "m.json", *options) == (
         f"{path}: not the prediction that the metrics are of; --labels of another run?"
     )
 
@@ -332,13 +332,13 @@ def test_a_label_map_of_another_size_or_kind_is_told(folder):
     path = folder / "labels" / "ulm_000000_000002_predicted_labelIds.png"
     options = "--labels", folder / "labels", "--data", folder, "--output", folder / "page.html"
     Image.new("L", (32, 16)).save(path)
-    assert error_of(SCRIPT, folder / "m.json", *options) == (
+    assert refusal(report, folder / "m.json", *options) == (
         f"{path}: (16, 32), its label (64, 128); of another data set?"
     )
     Image.new("RGB", (32, 16)).save(path)
-    assert error_of(SCRIPT, folder / "m.json", *options).startswith(f"{path}: found mode RGB, expected L")
+    assert refusal(report, folder / "m.json", *options).startswith(f"{path}: found mode RGB, expected L")
     path.write_bytes(path.read_bytes()[:50])
-    assert error_of(SCRIPT, folder / "m.json", *options).startswith(f"{path}: not a whole PNG: ")
+    assert refusal(report, folder / "m.json", *options).startswith(f"{path}: not a whole PNG: ")
 
 
 @pytest.mark.parametrize(
@@ -351,15 +351,15 @@ def test_a_label_map_of_another_size_or_kind_is_told(folder):
 )
 def test_what_are_no_metrics_is_told(tmp_path, content, message):
     (tmp_path / "m.json").write_text(content)
-    assert error_of(SCRIPT, tmp_path / "m.json").startswith(f"{tmp_path}/m.json: {message}")
+    assert refusal(report, tmp_path / "m.json").startswith(f"{tmp_path}/m.json: {message}")
 
 
 def test_metrics_of_other_classes_and_what_is_no_summary_are_told(folder):
     metrics = json.loads((folder / "m.json").read_text())
     (folder / "other.json").write_text(json.dumps({**metrics, "iou": {"road": 1}}))
     message = f"{folder}/other.json: other classes than Cityscapes' 19"
-    assert error_of(SCRIPT, folder / "other.json").startswith(message)
-    assert error_of(SCRIPT, folder / "m.json", "--perf", folder / "m.json").startswith(
+    assert refusal(report, folder / "other.json").startswith(message)
+    assert refusal(report, folder / "m.json", "--perf", folder / "m.json").startswith(
         f"{folder}/m.json: no NPU_compute_time, throughput in it; expected what ais_bench or intrada_infer.py wrote"
     )
 
@@ -367,7 +367,7 @@ def test_metrics_of_other_classes_and_what_is_no_summary_are_told(folder):
 @pytest.mark.parametrize("times", [{}, {"mean": float("nan"), "percentile(99%)": 1}, 3])
 def test_a_summary_that_is_not_whole_is_told(folder, times):
     (folder / "s.json").write_text(json.dumps({"NPU_compute_time": times, "throughput": 1}))
-    message = error_of(SCRIPT, folder / "m.json", "--perf", folder / "s.json")
+    message = refusal(report, folder / "m.json", "--perf", folder / "s.json")
     assert message.startswith(f"{folder}/s.json: not a whole summary: ")
 
 
