@@ -255,7 +255,7 @@ def draw_panels(frame: Frame, size: tuple[int, int]) -> list[Panel]:
 def miou_of(truth: np.ndarray, prediction: np.ndarray) -> float:
     """Compute a frame's mIoU over the classes that occur, 0 without any; of (H, W) train ids."""
     size = len(CLASSES) + 1
-    counts = np.bincount(truth.ravel() * np.int64(size) + prediction.ravel(), minlength=size * size)
+    counts = np.bincount(truth.ravel().astype(np.int64) * size + prediction.ravel(), minlength=size * size)
     confusion = counts.reshape(size, size)[:IGNORED, :IGNORED]
     hits = np.diag(confusion)
     union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
