@@ -309,11 +309,11 @@ def draw_classes(first: dict[str, Any], others: list[dict[str, Any]]) -> Markup:
     for n, value in enumerate(values):
         text = f"{value:.1f}" if first["iou"][order[n]] is not None else "does not occur"
         axes.text(2, n, text, va="center", fontsize=8, color="white" if value > 15 else INK)
-    marks = [(run["iou"], "o", colour) for run, colour in zip(others, cycle(DOTS))]
+    marks = [(run["iou"], "o", dot) for run, dot in zip(others, cycle(DOTS))]
     marks += [(first["baseline"]["iou"], "|", INK)] if "baseline" in first else []
-    for iou, mark, colour in marks:
-        known = [(100 * iou[name], n) for n, name in enumerate(order) if iou[name] is not None]
-        axes.scatter(*zip(*known), s=60, c=colour, marker=mark, linewidths=2 if mark == "|" else 0, zorder=3)
+    for iou, mark, ink in marks:
+        places = [(100 * iou[name], n) for n, name in enumerate(order) if iou[name] is not None]
+        axes.scatter(*zip(*places), s=60, c=ink, marker=mark, linewidths=2 if mark == "|" else 0, zorder=3)
     axes.set(xlim=(0, 100), xlabel="IoU, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.01)
@@ -322,15 +322,14 @@ def draw_classes(first: dict[str, Any], others: list[dict[str, Any]]) -> Markup:
 
 def draw_confusion(run: dict[str, Any]) -> Markup:
     """Draw the confusion matrix as a heat map, each row of truth adding up to 100 %."""
-    percent = 100 * normalise_rows(run["confusion_matrix"])
+    shares = np.nan_to_num(100 * normalise_rows(run["confusion_matrix"]))
     figure = Figure(figsize=(7.4, 7.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(np.nan_to_num(percent), cmap="Blues", vmin=0, vmax=100)
-    for row, column in zip(*np.nonzero(np.nan_to_num(percent) >= 0.5)):
-        value = percent[row, column]
-        axes.text(
-            column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 55 else "black"
-        )
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for row, column in zip(*np.nonzero(shares >= 0.5)):
+        share = shares[row, column]
+        ink = "white" if share > 55 else "black"
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=ink)
     axes.set_xticks(range(len(NAMES)), NAMES, rotation=90)
     axes.set_yticks(range(len(NAMES)), NAMES)
     axes.set(xlabel="prediction", ylabel="truth")
