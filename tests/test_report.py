@@ -78,13 +78,15 @@ def add_frame(folder: Path, frame: str, truth: np.ndarray | None, prediction: np
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Seven frames of road, sidewalk and sky, the n-th with n columns of sidewalk called road; labels/ and m.json."""
+    """Seven frames of four classes, the n-th with 5 n columns of sidewalk called road; labels/ and m.json."""
     for n in range(7):
         truth = np.zeros((64, 128), int)
         truth[:, :40] = 1
         truth[:20, 40:] = 10
+        truth[20:24, 40:] = 2
         truth[60:] = 19
-        prediction = np.where((truth == 1) & (np.arange(128) < 5 * n), 0, truth % 19)
+        wrong = (truth == 1) & (np.arange(128) < 5 * n) | (truth == 2) & (np.arange(128) > 110)
+        prediction = np.where(wrong, 0, truth % 19)
         add_frame(tmp_path, f"ulm_000000_{n:06}", truth, prediction)
     score(tmp_path, "m.json")
     return tmp_path
@@ -152,7 +154,9 @@ def test_the_charts_begin_with_the_worst_class_and_hold_the_matrix_by_rows_of_tr
         [heights[name] for name in iou], abs=4
     )
     bars = [path.get("style") for path in classes.iter(f"{SVG}path") if "fill: #" in (path.get("style") or "")]
-    assert [re.search("#......", bar)[0] for bar in bars][-3:] == [report.WORST_BAR] * 3  # drawn from below
+    colours = [re.search("#......", bar)[0] for bar in bars]
+    assert colours == [report.BAR] * (len(colours) - 3) + [report.WORST_BAR] * 3  # drawn from below
+    assert len(iou) == 4
 
     cells = {text: (x, y) for text, x, y in texts_of(confusion)}
     matrix = np.array(metrics["confusion_matrix"])
@@ -374,7 +378,8 @@ def test_a_summary_that_is_not_whole_is_told(folder, times):
 def test_a_name_that_is_no_text_is_shown_as_far_as_it_can_be(folder):
     shutil.copy(folder / "m.json", os.fsencode(folder) + b"/\xff.json")
     run(SCRIPT, os.fsdecode(os.fsencode(folder) + b"/\xff.json"), "--output", folder / "page.html")
-    assert "? 80." in Page(folder / "page.html").text
+    miou = 100 * json.loads((folder / "m.json").read_text())["miou"]
+    assert f"? {miou:.2f} % mIoU" in Page(folder / "page.html").text
 
 
 def test_a_folder_for_the_page_that_is_not_there_is_told_before_anything_runs(folder):
