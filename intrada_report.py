@@ -586,7 +586,7 @@ They agree least at:</p>
 <li><i style="background:{{ right }}"></i>errors: right; what is wrong has the colour of its true class</li>
 </ul>
 {% if worst %}
-<p>The lowest mIoU of {{ runs[0].name }}:</p>
+<p>The lowest mIoU of {{ runs[0].name }}; a frame's is the mean over the classes in its own truth or prediction:</p>
 {% for frame, panels in worst %}
 <div class="frame card"><p><b>{{ frame.miou | percent }} %</b> {{ frame.name }}</p>
 {{ show(panels, frame) }}</div>
