@@ -710,10 +710,11 @@ def fault_of(data_dir: Path, result_dir: Path) -> str:
         (b"", "float32 (0,); expected (19, 65, 129), 637260 bytes of float32 or 318630 of float16; infer"),
         (bytes(637260 // 3), "float32 (53105,); expected (19, 65, 129), 637260 bytes of float32"),
         (bytes(4 * 19 * 64 * 128), "64 x 128 logits: the conversion lost the max pool's ceil_mode"),
+        (bytes(2 * 19 * 64 * 128), "64 x 128 logits: the conversion lost the max pool's ceil_mode"),
         (np.full(19 * 65 * 129, np.nan, "<f4").tobytes(), "logits that are not finite, as an overflow of FP16"),
         (np.full(19 * 65 * 129, np.inf, "<f2").tobytes(), "logits that are not finite, as an overflow of FP16"),
     ],
-    ids=["empty", "cut", "ceil_mode", "nan", "half_inf"],
+    ids=["empty", "cut", "ceil_mode", "half_ceil_mode", "nan", "half_inf"],
 )
 def test_damaged_logits_are_told(golden_results, content, message):
     path = golden_results / f"{GOLDEN_FRAME}_leftImg8bit_1.bin"
