@@ -123,6 +123,24 @@ def run_command(command: list[str]) -> float:
 # ---------------------------------------------------------------------------------------------------- checks before
 
 
+def check(args: argparse.Namespace) -> list[Path]:
+    """Check all that can be checked before the first run.
+
+    Returns:
+        The input files.
+
+    Raises:
+        InputError: something would fail later.
+    """
+    check_models(args)
+    inputs = find_inputs(args)
+    check_space(len(inputs), args)
+    if not is_onnx(args):
+        read = [*map(Path, model_paths(args)), *([Path(args.input)] if args.input else []), *inputs]
+        check_permissions(read, [folder for folder in (PERF, RESULT) if folder.exists()])
+    return inputs
+
+
 def check_models(args: argparse.Namespace) -> None:
     """Check that all models are there, and for `.om` that ais_bench is.
 
@@ -192,7 +210,8 @@ def check_space(frames: int, args: argparse.Namespace) -> None:
     """
     needed = RESULT_BYTES * frames * len(args.batch_sizes) * count_devices(args)
     free = shutil.disk_usage(RESULT if RESULT.is_dir() else ".").free
-    free += sum(path.stat().st_size for path in RESULT.glob("**/*_[01].bin"))  # which are written over
+    for batch_size in args.batch_sizes:  # whose results are written over
+        free += sum(path.stat().st_size for path in RESULT.glob(f"result_bs{batch_size}/**/*_[01].bin"))
     if needed > free:
         raise InputError(
             f"{RESULT}/ needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give fewer batch sizes"
@@ -231,7 +250,8 @@ def measure(batch_size: int, commands: dict[str, list[str]], inputs: list[Path],
         if "infer" in commands:
             seconds = run_command(commands["infer"])
             check_results(result, inputs, 0 if is_onnx(args) else begun)
-            row = row._replace(frames=len(inputs), end_to_end_fps=read_end_to_end(result, len(inputs) / seconds))
+            end_to_end_fps = read_end_to_end(result) if is_onnx(args) else len(inputs) / seconds  # loading included
+            row = row._replace(frames=len(inputs), end_to_end_fps=end_to_end_fps)
         if "score" in commands:
             run_command(commands["score"])
             row = row._replace(miou=json.loads(Path(commands["score"][-1]).read_text())["miou"])
@@ -278,11 +298,9 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
         raise StepError(f"{first_five(paths)}: not a whole summary: {error!r}") from None
 
 
-def read_end_to_end(result: Path, whole_command_fps: float) -> float:
-    """Read intrada_infer.py's own figure; ais_bench has none, so its whole command counts, loading included."""
-    path = beside(result, "summary")
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    return summary.get("end_to_end_throughput", whole_command_fps)
+def read_end_to_end(result: Path) -> float:
+    """Read intrada_infer.py's own figure, which ais_bench's summary has not."""
+    return json.loads(beside(result, "summary").read_text())["end_to_end_throughput"]
 
 
 def check_results(folder: Path, inputs: list[Path], begun: float) -> None:
@@ -372,12 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print("\n".join(shlex.join(command) for commands in plans.values() for command in commands.values()))
         return 0
-    check_models(args)
-    inputs = find_inputs(args)
-    check_space(len(inputs), args)
-    if not is_onnx(args):
-        read = [*map(Path, model_paths(args)), *([Path(args.input)] if args.input else []), *inputs]
-        check_permissions(read, [folder for folder in (PERF, RESULT) if folder.exists()])
+    inputs = check(args)
     for folder in (PERF, RESULT):
         make_folder(folder)
     rows = []
@@ -385,7 +398,8 @@ def main(argv: list[str] | None = None) -> int:
         for batch_size, commands in plans.items():
             rows.append(measure(batch_size, commands, inputs, args))
     finally:  # stopped early, what was measured counts
-        report(rows, args.markdown)
+        if rows:
+            report(rows, args.markdown)
     return int(any(row.failure for row in rows))
 
 

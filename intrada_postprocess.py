@@ -4,7 +4,7 @@
     RESULT_DIR/<frame>_leftImg8bit_1.bin (or .npy)               main logits, float32 or float16, (19, 65, 129)
     DATA_DIR/gtFine/<split>/<city>/<frame>_gtFine_labelIds.png   truth, uint8, 2048 x 1024, ids 0 to 34
  -> a table on stdout, and with --json everything that was counted
-    --save_labels DIR/<frame>_predicted_labelIds.png             prediction, uint8, of the truth's size, label ids
+ -> DIR/<frame>_predicted_labelIds.png, with --save_labels       prediction, uint8, label ids, of the truth's size
 
 The logits are brought to the label's size (bilinear, align_corners) and the largest one is the prediction. ais_bench's
 folders for several devices (RESULT_DIR/device0, device1_1, ...) are read as well.
@@ -72,7 +72,7 @@ LARGEST_LABEL_ID = 34
 # Computation Accuracy Evaluation Indicators.
 LEAST_COSINE, LARGEST_DISTANCE = 0.99, 0.05
 
-# The network's logits stay within some tens; the largest float16 is 65504.
+# The golden logits reach 10; the largest float16 is 65504.
 HUGE_LOGIT = 1000
 
 # What moves the mIoU from where it is expected, how to tell, and whether it can raise it too.
@@ -143,10 +143,17 @@ def find_frames(args: argparse.Namespace) -> list[Frame]:
     truth = find_truth(args.data_dir, args.split, args.expect is None and (args.save_labels or args.baseline))
     logits = find_logits(args.result_dir, truth, MAIN)
     auxiliary = find_logits(args.result_dir, truth, AUXILIARY) if args.baseline else {}
-    baseline = [find_logits(args.baseline, truth, output) for output in (AUXILIARY, MAIN) if args.baseline]
+    baselines = [find_logits(args.baseline, truth, output) for output in (AUXILIARY, MAIN) if args.baseline]
     label_maps = {name: args.save_labels / f"{name}_predicted_labelIds.png" for name in truth if args.save_labels}
     return [
-        Frame(name, path, logits[name], auxiliary.get(name), tuple(b[name] for b in baseline), label_maps.get(name))
+        Frame(
+            name,
+            path,
+            logits[name],
+            auxiliary.get(name),
+            tuple(paths[name] for paths in baselines),
+            label_maps.get(name),
+        )
         for name, path in truth.items()
     ]
 
@@ -229,7 +236,7 @@ def choose_one(paths: list[Path]) -> Path:
 
 
 def why_missing(missing: list[str], found: dict[str, list[Path]]) -> str:
-    """Say what is known of frames without main logits."""
+    """Say what is known of frames without an output's logits."""
     if all(f"{frame}_leftImg8bit_{AUXILIARY}" in found for frame in missing):
         return " (only the auxiliary output, _0: the model must have both)"
     return " (infer them first; RESULT_DIR is what ais_bench filled, as result/result_bs1)"
@@ -709,7 +716,7 @@ def find_causes(metrics: dict, frames: list[Frame], args: argparse.Namespace) ->
         causes.append("every frame predicts one class: the weights are not loaded, or the input is not the picture")
     largest = max(max(abs(row["smallest_logit"]), abs(row["largest_logit"])) for row in rows)
     if largest > HUGE_LOGIT:
-        causes.append(f"logits up to {largest:.0f}, where some tens are usual: overflow of FP16, or another network")
+        causes.append(f"logits up to {largest:.0f}, beyond {HUGE_LOGIT}: overflow of FP16, or another network")
     return causes
 
 
