@@ -243,6 +243,7 @@ def verify(network: DeepLabV2, path: Path) -> None:
     Raises:
         InputError: a logit differs by more than TOLERANCE of the largest logit.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and later report to Microsoft otherwise
     import onnxruntime  # only here, so that --skip_verify does without it
 
     onnx.checker.check_model(str(path), full_check=True)

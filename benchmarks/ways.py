@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and later report to Microsoft otherwise
+
 # torch and onnxruntime are imported where they are used, so that a way starts with no more than it needs.
 
 MEAN_BGR = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)

@@ -335,3 +335,21 @@ def test_inputs_that_do_not_fit_are_refused_by_name(model):
 )
 def test_wrong_usage_exits_2(args, message):
     assert message in run(SCRIPT, "--model", "x.onnx", *args, status=2).stderr
+
+
+def test_onnxruntime_records_nothing_for_its_maker(model):
+    """onnxruntime keeps the telemetry that it will send below HOME."""
+    home = model.parent / "home"
+    home.mkdir()
+    settings = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    run(SCRIPT, "--model", model, env={**settings, "HOME": str(home)})
+    assert list(home.rglob("*")) == []
+
+
+SOURCES = [path for path in ROOT.rglob("*.py") if not path.is_relative_to(ROOT / ".venv")]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if "import onnxruntime\n" in path.read_text()], ids=str)
+def test_telemetry_is_off_before_onnxruntime_is_imported(path):
+    before = path.read_text().partition("import onnxruntime\n")[0]
+    assert "ORT_DISABLE_TELEMETRY" in before or path.name.startswith("test_")  # conftest.py has set it for these
