@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Score logits against the Cityscapes labels: IoU of each class and their mean.
+"""Score logits against the Cityscapes labels: IoU per class and their mean.
 
     RESULT_DIR/<frame>_leftImg8bit_1.bin (or .npy)               main logits, float32 or float16, (19, 65, 129)
-    DATA_DIR/gtFine/<split>/<city>/<frame>_gtFine_labelIds.png   truth, uint8, 2048 x 1024, ids 0 to 34
- -> a table on stdout, and with --json everything that was counted
- -> DIR/<frame>_predicted_labelIds.png, with --save_labels       prediction, uint8, label ids, of the truth's size
+    DATA_DIR/gtFine/<split>/<city>/<frame>_gtFine_labelIds.png   ground truth, uint8, 2048 x 1024, ids 0 to 34
+ -> a table on stdout, and with --json all metrics and the confusion matrix
+ -> DIR/<frame>_predicted_labelIds.png, with --save_labels       prediction, uint8, label ids, of the label's size
+ -> DIR/<frame>_predicted_color.png, with --save_colors          the same in Cityscapes' colors, a palette PNG
 
-The logits are brought to the label's size (bilinear, align_corners) and the largest one is the prediction. ais_bench's
-folders for several devices (RESULT_DIR/device0, device1_1, ...) are read as well.
+The logits are upsampled to the label's size (bilinear, align_corners) and the largest one is the prediction. In a
+split without labels they are upsampled to the image's size, and only these maps are written. ais_bench's folders for
+several devices (RESULT_DIR/device0, device1_1, ...) are read as well.
 
     $ python3 intrada_postprocess.py /data/cityscapes result/result_bs1 | tail -n 1
     mIoU = 47.01
@@ -17,320 +19,257 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import ctypes
+import fcntl
 import filecmp
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from PIL import Image
 
-AUXILIARY, MAIN = 0, 1  # the network's outputs
-LABEL_ENDING, PICTURE_ENDING = "_gtFine_labelIds.png", "_leftImg8bit.png"
+LABEL_ENDING, IMAGE_ENDING = "_gtFine_labelIds.png", "_leftImg8bit.png"
 LOGITS_SHAPE = 19, 65, 129
 LOGITS_SIZE = 19 * 65 * 129
-SIZE_WITHOUT_CEIL_MODE = 19 * 64 * 128
 
 # Source: cityscapesScripts, helpers/labels.py: every class with a train id, in the order of the train ids.
 CLASSES = (
-    # labelId, name, category
-    (7, "road", "flat"),
-    (8, "sidewalk", "flat"),
-    (11, "building", "construction"),
-    (12, "wall", "construction"),
-    (13, "fence", "construction"),
-    (17, "pole", "object"),
-    (19, "traffic light", "object"),
-    (20, "traffic sign", "object"),
-    (21, "vegetation", "nature"),
-    (22, "terrain", "nature"),
-    (23, "sky", "sky"),
-    (24, "person", "human"),
-    (25, "rider", "human"),
-    (26, "car", "vehicle"),
-    (27, "truck", "vehicle"),
-    (28, "bus", "vehicle"),
-    (31, "train", "vehicle"),
-    (32, "motorcycle", "vehicle"),
-    (33, "bicycle", "vehicle"),
+    # labelId, name, category, color
+    (7, "road", "flat", "#804080"),
+    (8, "sidewalk", "flat", "#f423e8"),
+    (11, "building", "construction", "#464646"),
+    (12, "wall", "construction", "#66669c"),
+    (13, "fence", "construction", "#be9999"),
+    (17, "pole", "object", "#999999"),
+    (19, "traffic light", "object", "#faaa1e"),
+    (20, "traffic sign", "object", "#dcdc00"),
+    (21, "vegetation", "nature", "#6b8e23"),
+    (22, "terrain", "nature", "#98fb98"),
+    (23, "sky", "sky", "#4682b4"),
+    (24, "person", "human", "#dc143c"),
+    (25, "rider", "human", "#ff0000"),
+    (26, "car", "vehicle", "#00008e"),
+    (27, "truck", "vehicle", "#000046"),
+    (28, "bus", "vehicle", "#003c64"),
+    (31, "train", "vehicle", "#005064"),
+    (32, "motorcycle", "vehicle", "#0000e6"),
+    (33, "bicycle", "vehicle", "#770b20"),
 )
-LABEL_IDS = [label_id for label_id, _, _ in CLASSES]
-LABEL_ID_OF = np.array(LABEL_IDS, np.uint8)
-NAMES = [name for _, name, _ in CLASSES]
-CATEGORIES = list(dict.fromkeys(category for _, _, category in CLASSES))
-CATEGORY_OF = np.array([CATEGORIES.index(category) for _, _, category in CLASSES])
+LABEL_IDS = np.array([label_id for label_id, _, _, _ in CLASSES], np.uint8)
+NAMES = [name for _, name, _, _ in CLASSES]
+CATEGORIES = list(dict.fromkeys(category for _, _, category, _ in CLASSES))
+CATEGORY_OF = np.array([CATEGORIES.index(category) for _, _, category, _ in CLASSES])
+PALETTE = bytes.fromhex("".join(color[1:] for _, _, _, color in CLASSES))
 LARGEST_LABEL_ID = 34
 
-# What logits must have in common with a baseline's. Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer,
-# Computation Accuracy Evaluation Indicators.
-LEAST_COSINE, LARGEST_DISTANCE = 0.99, 0.05
-
-# The golden logits reach 10; the largest float16 is 65504.
-HUGE_LOGIT = 1000
-
-# What moves the mIoU from where it is expected, how to tell, and whether it can raise it too.
-CAUSES = (
-    (
-        "the auxiliary output, _0, stands in the place of the main one, _1",
-        "score a folder in which their names change places",
-        False,
-    ),
-    (
-        "RGB instead of BGR, or another resize",
-        "preprocess a picture with intrada_preprocess.py and cmp it with the .bin inferred",
-        False,
-    ),
-    ("labelTrainIds instead of labelIds", "the label pictures hold ids up to 33, and 255 nowhere", False),
-    ("FP16 overflow or a lossy conversion", "--baseline with the results of intrada_infer.py", False),
-    ("another split than the results are of", "--split here and at intrada_preprocess.py", True),
-    (
-        "another checkpoint",
-        "export cityscapes_easy2hard_intrada_with_norm.pth again, and score what intrada_infer.py makes of it",
-        True,
-    ),
-)
-
-
-# torchrun's place of this process among all, and how many run on this host; without torchrun one, and no torch.
-RANK, RANKS, RANKS_HERE = (
-    int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-)
+# Set by torchrun; without it this is the only process.
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ["RANK"]) if RANKS > 1 else 0
+RANKS_HERE = int(os.environ["LOCAL_WORLD_SIZE"]) if RANKS > 1 else 1
 
 
 class InputError(Exception):
-    """What the user can mend; told in one line, without a traceback."""
+    """A mistake the user can fix; reported in one line, without a traceback."""
 
 
 class Frame(NamedTuple):
-    """The files of a frame."""
+    """The files of a frame; in a split without labels, `label` is the image."""
 
     name: str
-    truth: Path  # labelIds, or its picture if it has none
+    label: Path
     logits: Path
-    auxiliary: Path | None = None  # with --baseline the other output,
-    baseline: tuple[Path, ...] = ()  # and both of the baseline
-    label_map: Path | None = None  # with --save_labels where its prediction goes
-
-
-class Score(NamedTuple):
-    """What frames add up to, and each frame's own figures.
-
-    The matrices are (19, 19) int64, row = truth, column = prediction; the baseline's is 0 without one.
-    """
-
-    confusion: np.ndarray
-    per_frame: list[dict[str, Any]]
-    baseline_confusion: np.ndarray
-    compared: list[dict[str, Any]]
 
 
 # ---------------------------------------------------------------------------------------------------- finding files
 
 
 def find_frames(args: argparse.Namespace) -> list[Frame]:
-    """Find all files of all frames of the split, in the order of the truth's paths.
+    """Find the files of every frame of the split, in the order of the labels' paths.
 
     Raises:
-        InputError: a file is missing.
+        InputError: a file is missing, or labels and images do not match one to one.
     """
-    truth = find_truth(args.data_dir, args.split, args.expect is None and (args.save_labels or args.baseline))
-    logits = find_logits(args.result_dir, truth, MAIN)
-    auxiliary = find_logits(args.result_dir, truth, AUXILIARY) if args.baseline else {}
-    baselines = [find_logits(args.baseline, truth, output) for output in (AUXILIARY, MAIN) if args.baseline]
-    label_maps = {name: args.save_labels / f"{name}_predicted_labelIds.png" for name in truth if args.save_labels}
-    return [
-        Frame(
-            name,
-            path,
-            logits[name],
-            auxiliary.get(name),
-            tuple(paths[name] for paths in baselines),
-            label_maps.get(name),
+    data_dir, split = args.data_dir, args.split
+    labels = find_by_frame(data_dir / "gtFine" / split, LABEL_ENDING)
+    images = find_by_frame(data_dir / "leftImg8bit" / split, IMAGE_ENDING)
+    if labels and images and labels.keys() != images.keys():
+        unmatched = sorted(labels.keys() ^ images.keys())
+        raise InputError(f"{data_dir}: frames of {split} with only one of image and label: {first_five(unmatched)}")
+    if not labels and (needs_labels(args) or not images):
+        raise InputError(
+            f"{data_dir}/gtFine/{split}: no <city>/<frame>{LABEL_ENDING}; DATA_DIR is the folder that holds gtFine"
         )
-        for name, path in truth.items()
-    ]
+    paths = labels or images
+    logits = find_logits(args.result_dir, list(paths))
+    return [Frame(name, path, logits[name]) for name, path in paths.items()]
 
 
-def find_truth(data_dir: Path, split: str, unlabelled: bool) -> dict[str, Path]:
-    """Find the split's labels; its pictures if it has none and `unlabelled` ones are of use.
+def needs_labels(args: argparse.Namespace) -> bool:
+    """Tell whether more is asked for than label and color maps, which need no labels."""
+    return bool(args.json or args.expect is not None or not (args.save_labels or args.save_colors))
 
-    Returns:
-        The labelIds of each `<city>_<sequence>_<frame>`, or its picture, sorted by path.
+
+def find_by_frame(folder: Path, ending: str) -> dict[str, Path]:
+    """Find `<city>/<frame><ending>` by frame, sorted by path.
 
     Raises:
-        InputError: there are none, or two cities have a frame of the same name.
+        InputError: two cities have a frame of the same name.
     """
-    labels, pictures = data_dir / "gtFine" / split, data_dir / "leftImg8bit" / split
-    for folder, ending in ((labels, LABEL_ENDING), *([(pictures, PICTURE_ENDING)] if unlabelled else [])):
-        paths = sorted(folder.glob(f"*/*{ending}"))
-        frames = {path.name[: -len(ending)]: path for path in paths}
-        if len(frames) < len(paths):
-            raise InputError(f"{folder}: {len(paths) - len(frames)} frame names occur in two cities")
-        if frames:
-            return frames
-    alternative = f", nor {pictures}/<city>/<frame>{PICTURE_ENDING}" if unlabelled else ""
-    raise InputError(
-        f"{labels}: no <city>/<frame>{LABEL_ENDING} here{alternative}; DATA_DIR is the folder that holds gtFine"
-    )
+    paths = sorted(folder.glob(f"*/*{ending}"))
+    frames = {path.name[: -len(ending)]: path for path in paths}
+    if len(frames) < len(paths):
+        twice = [path.name for path in paths if frames[path.name[: -len(ending)]] != path]
+        raise InputError(f"{folder}: frame names that occur in two cities: {first_five(twice)}")
+    return frames
 
 
-def find_logits(result_dir: Path, frames: Iterable[str], output: int) -> dict[str, Path]:
-    """Find each frame's logits of an output in RESULT_DIR or in ais_bench's device folders below it.
+def find_logits(result_dir: Path, frames: list[str]) -> dict[str, Path]:
+    """Find each frame's main logits in RESULT_DIR or in ais_bench's device folders below it.
 
     Raises:
         InputError: a frame has none, or two that differ.
     """
-    found, frames = find_results(result_dir), list(frames)
-    missing = [frame for frame in frames if f"{frame}_leftImg8bit_{output}" not in found]
+    if not result_dir.is_dir():
+        raise InputError(f"{result_dir}: no such folder; RESULT_DIR is what ais_bench filled, e.g. result/result_bs1")
+    found: dict[str, list[Path]] = {}
+    for path in sorted([*result_dir.glob("*_leftImg8bit_1.*"), *result_dir.glob("device*/*_leftImg8bit_1.*")]):
+        if path.suffix in (".bin", ".npy"):
+            found.setdefault(path.name[: -len("_leftImg8bit_1.bin")], []).append(path)
+    missing = [frame for frame in frames if frame not in found]
     if missing:
         raise InputError(
-            f"{result_dir}: {len(missing)} of {len(frames)} frames have no <frame>_leftImg8bit_{output}.bin or "
-            f".npy{why_missing(missing, found)}: {first_five(missing)}"
+            f"{result_dir}: {len(missing)} of {len(frames)} frames have no <frame>_leftImg8bit_1.bin or .npy; "
+            f"infer them first: {first_five(missing)}"
         )
-    logits = {frame: choose_one(found.pop(f"{frame}_leftImg8bit_{output}")) for frame in frames}
-    strangers = sorted(stem for stem in found if stem.endswith(f"_leftImg8bit_{output}"))
-    if strangers and RANK == 0 and output == MAIN:
-        print(
-            f"warning: {result_dir}: {len(strangers)} results belong to no frame of this split and count nowhere: "
-            f"{first_five(strangers)}",
-            file=sys.stderr,
-        )
-    return logits
+    unexpected = sorted(found.keys() - set(frames))
+    if unexpected and RANK == 0:
+        warn(f"{result_dir}: ignored, not of this split: {first_five(unexpected)}")
+    return {frame: pick_equal(found[frame]) for frame in frames}
 
 
-def find_results(result_dir: Path) -> dict[str, list[Path]]:
-    """List the `.bin` and `.npy` of each stem, in RESULT_DIR and in the device folders."""
-    if not result_dir.is_dir():
-        raise InputError(f"{result_dir}: no such folder; RESULT_DIR is what ais_bench filled, as result/result_bs1")
-    found: dict[str, list[Path]] = {}
-    for folder in [result_dir, *sorted(path for path in result_dir.glob("device*") if path.is_dir())]:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".bin", ".npy"):
-                found.setdefault(path.stem, []).append(path)
-    return found
-
-
-def choose_one(paths: list[Path]) -> Path:
-    """Take a frame's result; of several devices' results all must be equal.
+def pick_equal(paths: list[Path]) -> Path:
+    """Take a frame's logits; where several devices have them, all must be equal.
 
     Raises:
         InputError: they are not.
     """
     first, *others = paths
     for other in others:
-        if other.suffix != first.suffix:
-            raise InputError(f"{first} and {other}: results of two runs; remove one of them")
-        if not filecmp.cmp(first, other, shallow=False):
+        if not filecmp.cmp(str(first), str(other), shallow=False):
             raise InputError(
-                f"{first} and {other} differ: results of two runs; empty the folder and infer "
-                "again, for several devices with ais_bench's --divide_input 1"
+                f"{first} and {other} differ: results of two runs; empty the folder and infer again, "
+                "for several devices with ais_bench's --divide_input 1"
             )
     return first
 
 
-def why_missing(missing: list[str], found: dict[str, list[Path]]) -> str:
-    """Say what is known of frames without an output's logits."""
-    if all(f"{frame}_leftImg8bit_{AUXILIARY}" in found for frame in missing):
-        return " (only the auxiliary output, _0: the model must have both)"
-    return " (infer them first; RESULT_DIR is what ais_bench filled, as result/result_bs1)"
+def first_five(names: list[str], separator: str = ", ") -> str:
+    """List at most five names and the count, to keep the message on one line."""
+    return separator.join(names[:5]) + (f"{separator}... ({len(names)} in all)" if len(names) > 5 else "")
 
 
-def first_five(names: list, separator: str = ", ") -> str:
-    """Name the first five, so that a message stays one readable line."""
-    return separator.join(map(str, names[:5])) + (f"{separator}..." if len(names) > 5 else "")
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_logits(path: Path) -> np.ndarray:
-    """Read (19, 65, 129) logits as float32; the size tells float32 from float16, as a `.bin` has no header.
+    """Read (19, 65, 129) logits as float32; a `.bin` has no header, so its size tells float32 from float16.
 
     Raises:
-        InputError: another size, another type, or values that are not finite.
+        InputError: another size or type, or values that are NaN or Inf.
     """
-    try:
-        if path.suffix == ".npy":
-            values = np.array(np.lib.format.open_memmap(path, mode="r"))
-        else:
-            half = path.stat().st_size in (2 * LOGITS_SIZE, 2 * SIZE_WITHOUT_CEIL_MODE)
-            values = np.fromfile(path, "<f2" if half else "<f4")
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a whole .npy: {error}") from None
-    if values.size == SIZE_WITHOUT_CEIL_MODE:
-        raise InputError(
-            f"{path}: 64 x 128 logits: the conversion lost the max pool's ceil_mode; export again, with opset 11"
-        )
-    shapes = [LOGITS_SHAPE, (1, *LOGITS_SHAPE)] if path.suffix == ".npy" else [(LOGITS_SIZE,)]
-    if values.shape not in shapes or values.dtype not in (np.float32, np.float16):
-        raise InputError(
-            f"{path}: {values.dtype} {values.shape}; expected {LOGITS_SHAPE}, {4 * LOGITS_SIZE} bytes of float32 or "
-            f"{2 * LOGITS_SIZE} of float16; infer this frame again"
-        )
-    logits = values.astype(np.float32, copy=False).reshape(LOGITS_SHAPE)
+    expected = f"expected {LOGITS_SHAPE}, float32 ({4 * LOGITS_SIZE} bytes) or float16 ({2 * LOGITS_SIZE} bytes)"
+    if path.suffix == ".bin":
+        size = path.stat().st_size
+        if size not in (2 * LOGITS_SIZE, 4 * LOGITS_SIZE):
+            raise InputError(f"{path}: {size} bytes; {expected}; infer this frame again")
+        logits = np.fromfile(str(path), "<f4" if size == 4 * LOGITS_SIZE else "<f2").reshape(LOGITS_SHAPE)
+    else:
+        try:
+            logits = np.array(np.lib.format.open_memmap(str(path), mode="r"))
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path}: not a complete .npy: {error}") from None
+        if logits.shape not in (LOGITS_SHAPE, (1, *LOGITS_SHAPE)) or logits.dtype not in (np.float32, np.float16):
+            raise InputError(f"{path}: {logits.dtype} {logits.shape}; {expected}; infer this frame again")
     if not np.isfinite(logits).all():
-        raise InputError(f"{path}: logits that are not finite, as an overflow of FP16 leaves them")
-    return logits
+        raise InputError(f"{path}: NaN or Inf, typically an FP16 overflow")
+    return logits.astype(np.float32, copy=False).reshape(LOGITS_SHAPE)
 
 
-def read_truth(path: Path) -> np.ndarray:
-    """Read (H, W) uint8 label ids; of a picture, which has none, only the size.
+def read_label(path: Path) -> np.ndarray:
+    """Read (H, W) uint8 label ids; for an image, which has none, return zeros of its size.
+
+    The checksums are checked too, which decoding alone does not.
 
     Raises:
-        InputError: it is no whole picture of one 8-bit channel.
+        InputError: it is damaged, or not a PNG of label ids.
     """
     try:
-        image = Image.open(path)
-        if path.name.endswith(PICTURE_ENDING):
-            return np.zeros(image.size[::-1], np.uint8)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for a damaged PNG
-        reason = getattr(error, "strerror", None) or f"not a whole PNG: {error}"
+        with path.open("rb") as file:
+            image = Image.open(file, formats=["PNG"])
+            if path.name.endswith(IMAGE_ENDING):
+                return np.zeros(image.size[::-1], np.uint8)
+            image.verify()
+            image = Image.open(file, formats=["PNG"])
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
+        reason = getattr(error, "strerror", None) or f"not a complete PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
     if image.mode != "L":
-        raise InputError(f"{path}: found mode {image.mode}, expected L, one 8-bit label id a pixel")
-    return np.asarray(image)
+        raise InputError(f"{path}: found mode {image.mode}, expected L: one 8-bit label id per pixel")
+    label = np.asarray(image)
+    if label.max() > LARGEST_LABEL_ID:
+        raise InputError(
+            f"{path}: label id {label.max()}; expected 0 to {LARGEST_LABEL_ID}: labelIds, not labelTrainIds or color"
+        )
+    return label
 
 
 # ---------------------------------------------------------------------------------------------------- computing
 
 
 def compiled(function: Callable) -> Callable:
-    """Compile with numba, free of the interpreter's lock; keep the machine code where a folder can be written."""
+    """Compile without the GIL; cache on disk if it is writable."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba finds no folder for its cache, as in a read-only install
         return numba.njit(nogil=True)(function)
 
 
-def predict(logits_chw: np.ndarray, prediction: np.ndarray) -> None:
-    """Write the class with the largest bilinear logit at every pixel; ties go to the lower class.
+def predict(logits_chw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Find the class with the largest bilinear logit at every pixel; ties go to the lower class.
 
-    The result is that of interpolating to full size in float32 and taking the argmax, without ever holding
-    full-size logits.
+    The result is that of upsampling to full size in float32 and taking the argmax, without ever holding full-size
+    logits.
 
     Args:
         logits_chw: (C, h, w) float32, finite.
-        prediction: (H, W) uint8, written.
+        size: (H, W).
+
+    Returns:
+        (H, W) uint8.
 
     Source: the coordinates and the order of operations are those of torch's `interpolate(mode="bilinear",
     align_corners=True)`.
     """
     _, rows, columns = logits_chw.shape
-    height, width = prediction.shape
-    y_start, y_weight = grid_cells(rows, height)
-    x_start, x_weight = grid_cells(columns, width)
-    # Rounding may level out a smaller lead than this, so a class that trails by less is still evaluated.
+    y_start, y_weight = grid_cells(rows, size[0])
+    x_start, x_weight = grid_cells(columns, size[1])
+    # Rounding can erase a smaller lead than this, so a class that trails by less is still evaluated.
     slack = np.float32(np.abs(logits_chw).max() * 2.0**-20)
     logits_hwc = np.ascontiguousarray(logits_chw.transpose(1, 2, 0))
+    prediction = np.empty(size, np.uint8)
     predict_cells(logits_hwc, y_start, y_weight, x_start, x_weight, slack, prediction)
+    return prediction
 
 
 def grid_cells(points: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -411,245 +350,114 @@ def find_candidates(corners, slack, candidates):
 
 
 @compiled
-def count_pixels(truth, prediction, counts):
+def count_pixels(label, prediction, counts):
     """Add each pixel to counts (256, 19), row = label id, column = predicted train id."""
-    for y in range(truth.shape[0]):
-        for x in range(truth.shape[1]):
-            counts[truth[y, x], prediction[y, x]] += 1
+    for y in range(label.shape[0]):
+        for x in range(label.shape[1]):
+            counts[label[y, x], prediction[y, x]] += 1
 
 
-@compiled
-def count_flips(prediction, baseline, baseline_logits_hwc, y_start, y_weight, x_start, x_weight, difference):
-    """Count the pixels whose labels differ, and those of them whose two largest logits lie within `difference`."""
-    rows, columns, _ = baseline_logits_hwc.shape
-    flips = harmless = 0
-    for i in range(rows):
-        below = min(i + 1, rows - 1)
-        for j in range(columns):
-            right = min(j + 1, columns - 1)
-            for y in range(y_start[i], y_start[i + 1]):
-                for x in range(x_start[j], x_start[j + 1]):
-                    if prediction[y, x] != baseline[y, x]:
-                        upper = mix(baseline_logits_hwc[i, j], baseline_logits_hwc[i, right], x_weight[x])
-                        lower = mix(baseline_logits_hwc[below, j], baseline_logits_hwc[below, right], x_weight[x])
-                        second, first = np.sort(mix(upper, lower, y_weight[y]))[-2:]
-                        flips += 1
-                        harmless += first - second <= difference
-    return flips, harmless
-
-
-@compiled
-def mix(start, end, weight):
-    return start * (np.float32(1) - weight) + end * weight
-
-
-def measure_distance(ours: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
-    """Compute cosine similarity, relative Euclidean distance, largest and mean absolute difference of two arrays.
-
-    The relative distance is that of the two divided by the baseline's length. Where one is all zeros, and so has no
-    direction, two equal ones have cosine 1 and distance 0, others 0 and 1. All sums run in float64.
-    """
-    ours, baseline = ours.astype(np.float64), baseline.astype(np.float64)
-    difference = np.abs(ours - baseline)
-    product, squares = (ours * baseline).sum(), (ours * ours).sum() * (baseline * baseline).sum()
-    equal = float(not difference.any())
-    distance = np.sqrt((difference**2).sum() / (baseline**2).sum()) if squares else 1 - equal
-    return {
-        "cosine": min(float(product / np.sqrt(squares)), 1.0) if squares else equal,
-        "relative_distance": float(distance),
-        "largest_difference": float(difference.max()),
-        "mean_difference": float(difference.mean()),
-    }
-
-
-buffers = threading.local()
-
-
-def predict_frame(logits: np.ndarray, size: tuple[int, int], buffer: str) -> np.ndarray:
-    """Predict (H, W) uint8 train ids into this thread's buffer of that name, valid until its next use."""
-    if getattr(buffers, buffer, np.empty(0)).shape != size:
-        setattr(buffers, buffer, np.empty(size, np.uint8))
-    predict(logits, getattr(buffers, buffer))
-    return getattr(buffers, buffer)
-
-
-def score(frame: Frame) -> Score:
-    """Score one frame; write its label map and compare it with the baseline's where that is asked for.
-
-    Raises:
-        InputError: a file is damaged or cannot be written, or the truth holds what no label id is.
-    """
-    truth, logits = read_truth(frame.truth), read_logits(frame.logits)
-    prediction = predict_frame(logits, truth.shape, "prediction")
-    counts = count_by_label(frame, truth, prediction)
-    if frame.label_map:
-        write_label_map(frame.label_map, prediction)
-    confusion = counts[LABEL_IDS]
-    row = {
-        "frame": frame.name,
-        "miou": mean_of_known(iou_of(confusion)),
-        "ignored_pixels": int(truth.size - confusion.sum()),
-        "predicted_classes": int(np.count_nonzero(counts.sum(axis=0))),
-        "smallest_logit": float(logits.min()),
-        "largest_logit": float(logits.max()),
-    }
-    if not frame.baseline:
-        return Score(confusion, [row], np.zeros_like(confusion), [])
-    return Score(confusion, [row], *compare(frame, truth, logits, prediction))
-
-
-def count_by_label(frame: Frame, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Count the pixels of each label id and predicted class, (256, 19) int64.
-
-    Raises:
-        InputError: the truth holds what no label id is.
-    """
-    counts = np.zeros((256, len(CLASSES)), np.int64)
-    count_pixels(truth, prediction, counts)
-    strange = np.flatnonzero(counts.sum(axis=1)[LARGEST_LABEL_ID + 1 :]) + LARGEST_LABEL_ID + 1
-    if strange.size:
-        raise InputError(
-            f"{frame.truth}: label ids {first_five([str(s) for s in strange])}; expected 0 to "
-            f"{LARGEST_LABEL_ID}, so labelIds and not labelTrainIds or colours"
-        )
-    return counts
-
-
-def compare(
-    frame: Frame, truth: np.ndarray, logits: np.ndarray, prediction: np.ndarray
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Compare a frame's logits and prediction with the baseline's.
+def score(frame: Frame, args: argparse.Namespace) -> np.ndarray:
+    """Count one frame's pixels, and write its prediction if asked to.
 
     Returns:
-        The baseline's confusion matrix, and one row: what measure_distance tells of each output, and of the pixels how
-        many there are, how many have other labels, and how many of those lie where the baseline's two largest logits
-        are no further apart than the main outputs' largest difference, so that a change of that size may turn them.
-    """
-    auxiliary, baseline_logits = map(read_logits, frame.baseline)
-    outputs = [measure_distance(read_logits(frame.auxiliary), auxiliary), measure_distance(logits, baseline_logits)]
-    baseline = predict_frame(baseline_logits, truth.shape, "baseline")
-    logits_hwc = np.ascontiguousarray(baseline_logits.transpose(1, 2, 0))
-    grid = *grid_cells(LOGITS_SHAPE[1], truth.shape[0]), *grid_cells(LOGITS_SHAPE[2], truth.shape[1])
-    flips, harmless = count_flips(prediction, baseline, logits_hwc, *grid, outputs[MAIN]["largest_difference"])
-    row = {"frame": frame.name, "outputs": outputs, "pixels": truth.size, "flips": flips, "harmless": harmless}
-    return count_by_label(frame, truth, baseline)[LABEL_IDS], [row]
-
-
-def write_label_map(path: Path, prediction: np.ndarray) -> None:
-    """Write train ids (H, W) as the PNG of label ids that Cityscapes' evaluator reads, beside, then rename.
+        (19, 19) int64, row = ground truth, column = prediction; other label ids count nowhere.
 
     Raises:
-        InputError: it cannot be written, as on a full disk.
+        InputError: a file is damaged or cannot be written.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        Image.fromarray(LABEL_ID_OF[prediction]).save(part, "PNG", compress_level=1)
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    label = read_label(frame.label)
+    prediction = predict(read_logits(frame.logits), label.shape)
+    if args.save_labels:
+        write_png(args.save_labels / f"{frame.name}_predicted_labelIds.png", Image.fromarray(LABEL_IDS[prediction]))
+    if args.save_colors:
+        colors = Image.fromarray(prediction)
+        colors.putpalette(PALETTE)
+        write_png(args.save_colors / f"{frame.name}_predicted_color.png", colors)
+    counts = np.zeros((256, len(CLASSES)), np.int64)
+    count_pixels(label, prediction, counts)
+    return counts[LABEL_IDS]
 
 
-def keep_memory() -> None:
-    """Let glibc keep freed blocks, which it would otherwise return and fault in again, page by page, frame by frame."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: blocks up to 32 MB come from the heap
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: whose free end stays
-
-
-def score_all(frames: list[Frame], workers: int) -> Score:
-    """Score frames in threads; the compiled loops and Pillow's decoder leave the interpreter free.
+def score_all(frames: list[Frame], args: argparse.Namespace) -> list[np.ndarray]:
+    """Score frames in threads; the compiled loops and Pillow's decoder release the GIL.
 
     Raises:
         InputError: counts and names the damaged files.
     """
-    faults = []
-
-    def score_or_fault(frame: Frame) -> Score:
+    confusions, faults = [], []
+    with ThreadPoolExecutor(args.workers or count_cpus()) as pool:
+        futures = [pool.submit(score, frame, args) for frame in frames]
         try:
-            return score(frame)
-        except InputError as error:
-            faults.append(str(error))
-            return add_up([])
-
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            scores = pool.map(score_or_fault, frames)
-            total = add_up(show_progress(scores, len(frames)))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            for future in show_progress(futures):
+                try:
+                    confusions.append(future.result())
+                except InputError as error:
+                    faults.append(str(error))
+        finally:  # after Ctrl-C or a bug start no more
+            for future in futures:
+                future.cancel()
     if faults:
-        raise InputError(f"{len(faults)} of {len(frames)} frames cannot be scored: {first_five(sorted(faults), '; ')}")
-    return total
+        raise InputError(f"{len(faults)} of {len(frames)} frames cannot be scored: {first_five(faults, '; ')}")
+    return confusions
 
 
-def add_up(scores: Iterable[Score]) -> Score:
-    """Add scores up, frames in the order of their names."""
-    total = Score(
-        np.zeros((len(CLASSES), len(CLASSES)), np.int64), [], np.zeros((len(CLASSES), len(CLASSES)), np.int64), []
-    )
-    for part in scores:
-        for sum_of_all, value in zip(total, part):
-            sum_of_all += value  # matrices are added, lists joined
-    for rows in (total.per_frame, total.compared):
-        rows.sort(key=lambda row: row["frame"])
-    return total
+def announce_compilation() -> None:
+    """Explain the silence of a first run to somebody at a terminal; numba caches the machine code."""
+    cache = predict_cells.stats.cache_path
+    if sys.stderr.isatty() and RANK == 0 and not (cache and list(Path(cache).glob("*.predict_cells-*"))):
+        print("compiling, about 10 s", file=sys.stderr)
 
 
-def iou_of(confusion: np.ndarray) -> np.ndarray:
-    """Compute each class's intersection over union, NaN for one that occurs in neither truth nor prediction.
+def compute_iou(confusion: np.ndarray) -> np.ndarray:
+    """Compute each class's intersection over union, NaN for one that is in neither ground truth nor prediction.
 
     Args:
-        confusion: (C, C) integers, row = truth, column = prediction.
+        confusion: (C, C) integers, row = ground truth, column = prediction.
     """
     hits = np.diag(confusion)
-    return ratio(hits, confusion.sum(axis=1) + confusion.sum(axis=0) - hits)
+    return divide(hits, confusion.sum(axis=1) + confusion.sum(axis=0) - hits)
 
 
-def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Divide, with NaN for 0 / 0."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
-def mean_of_known(values: np.ndarray) -> float | None:
-    """Average what is not NaN; None if nothing is left."""
-    return None if np.isnan(values).all() else float(np.nanmean(values))
-
-
-def summarise(score: Score, args: argparse.Namespace) -> dict:
+def summarise(frames: list[Frame], confusions: list[np.ndarray], args: argparse.Namespace) -> dict:
     """Compute the metrics of the whole split from the summed confusion matrix, as fractions from 0 to 1.
 
-    `miou` is the mean IoU over the classes that occur in truth or prediction, each class's IoU counted over all frames
-    at once. `mean_class_accuracy` is the mean recall over the classes in truth. Pixels without a class count nowhere,
-    and where there are no others every metric is None.
+    `miou` is the mean IoU over the classes that occur in ground truth or prediction, each class's IoU counted over all
+    frames at once. `mean_class_accuracy` is the mean recall over the classes in the ground truth. Pixels without a
+    class count nowhere. A frame's `miou` is None if it has no pixel with a class.
 
     Raises:
-        InputError: no pixel of the split has a class, and metrics are all that was asked for.
+        InputError: no pixel of the split has a class.
     """
-    confusion = score.confusion
-    if not confusion.sum() and (args.expect is not None or not (args.save_labels or args.baseline)):
-        raise InputError(f"no pixel of split {args.split} has a class; the labels of Cityscapes' test split are blank")
-    iou, truth = iou_of(confusion), confusion.sum(axis=1)
+    confusion = np.sum(confusions, axis=0)
+    if not confusion.any():
+        raise InputError(f"{args.data_dir}/gtFine/{args.split}: no pixel of any label has a class")
+    iou, truth = compute_iou(confusion), confusion.sum(axis=1)
     by_category = np.zeros((len(CATEGORIES), len(CATEGORIES)), np.int64)
     np.add.at(by_category, (CATEGORY_OF[:, None], CATEGORY_OF), confusion)
     metrics = {
         "split": args.split,
         "result_dir": str(args.result_dir),
-        "frames": len(score.per_frame),
-        "miou": mean_of_known(iou),
+        "frames": len(frames),
+        "miou": float(np.nanmean(iou)),
         "iou": by_name(NAMES, iou),
-        "category_iou": by_name(CATEGORIES, iou_of(by_category)),
-        "pixel_accuracy": mean_of_known(ratio(np.trace(confusion), truth.sum())),
-        "mean_class_accuracy": mean_of_known(ratio(np.diag(confusion), truth)),
-        "frequency_weighted_iou": mean_of_known(ratio((truth * np.nan_to_num(iou)).sum(), truth.sum())),
+        "category_iou": by_name(CATEGORIES, compute_iou(by_category)),
+        "pixel_accuracy": float(np.trace(confusion) / truth.sum()),
+        "mean_class_accuracy": float(np.nanmean(divide(np.diag(confusion), truth))),
+        "frequency_weighted_iou": float((truth * np.nan_to_num(iou)).sum() / truth.sum()),
         "confusion_matrix": confusion.tolist(),
-        "per_frame": score.per_frame,
+        "per_frame": [
+            {"frame": frame.name, "miou": float(np.nanmean(compute_iou(part))) if part.any() else None}
+            for frame, part in zip(frames, confusions)
+        ],
     }
     if args.expect is not None:
-        metrics["expected"] = judge_miou(metrics["miou"], args.expect, args.tolerance)
-    if args.baseline:
-        metrics["baseline"] = {"result_dir": str(args.baseline), **summarise_baseline(score, iou)}
+        metrics["expected"] = judge(metrics["miou"], args.expect, args.tolerance)
     return metrics
 
 
@@ -658,267 +466,210 @@ def by_name(names: list[str], values: np.ndarray) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values)}
 
 
-def judge_miou(miou: float, percent: float, tolerance: float) -> dict:
-    """Tell whether the mIoU is the expected one, the tolerance's edges included whatever floats make of them."""
-    passed = round(abs(100 * miou - percent), 9) <= tolerance
-    return {"percent": percent, "tolerance": tolerance, "passed": passed}
+def judge(miou: float, percent: float, tolerance: float) -> dict:
+    """Compare with the expected mIoU; bounds inclusive, immune to rounding."""
+    return {"percent": percent, "tolerance": tolerance, "passed": round(abs(100 * miou - percent), 9) <= tolerance}
 
 
-def summarise_baseline(score: Score, iou: np.ndarray) -> dict:
-    """Sum the comparison up: logits by output, as the worst frame and the mean of frames; labels over all pixels."""
-    rows, baseline_iou = score.compared, iou_of(score.baseline_confusion)
-    measures = rows[0]["outputs"][MAIN]
-    outputs = [{measure: worst_and_mean(rows, output, measure) for measure in measures} for output in (AUXILIARY, MAIN)]
-    pixels, flips, harmless = (sum(row[key] for row in rows) for key in ("pixels", "flips", "harmless"))
-    agreement = [{"frame": row["frame"], "agreement": 1 - row["flips"] / row["pixels"]} for row in rows]
-    return {
-        "miou": mean_of_known(baseline_iou),
-        "iou": by_name(NAMES, baseline_iou),
-        "iou_change": by_name(NAMES, iou - baseline_iou),
-        "outputs": outputs,
-        "agreement": 1 - flips / pixels,
-        "flips": flips,
-        "harmless_flips": harmless / flips if flips else None,
-        "least_agreeing": sorted(agreement, key=lambda row: row["agreement"])[:5],
-        "least_cosine": LEAST_COSINE,
-        "largest_relative_distance": LARGEST_DISTANCE,
-        "passed": not [failure for output in (AUXILIARY, MAIN) for failure in find_failures(outputs[output])],
-    }
-
-
-def worst_and_mean(rows: list[dict], output: int, measure: str) -> dict[str, Any]:
-    """Find the worst frame by a measure of an output; of cosine the least is worst, of distances the largest."""
-    values = [row["outputs"][output][measure] for row in rows]
-    worst = (min if measure == "cosine" else max)(values)
-    return {"worst": worst, "mean": float(np.mean(values)), "worst_frame": rows[values.index(worst)]["frame"]}
-
-
-def find_failures(output: dict[str, dict]) -> list[str]:
-    """Say what of an output lies outside the thresholds."""
-    cosine, distance = output["cosine"], output["relative_distance"]
-    failures = []
-    if not cosine["worst"] >= LEAST_COSINE:
-        failures.append(f"cosine {cosine['worst']:.8g} at {cosine['worst_frame']}")
-    if not distance["worst"] <= LARGEST_DISTANCE:
-        failures.append(f"relative distance {distance['worst']:.8g} at {distance['worst_frame']}")
-    return failures
-
-
-def find_causes(metrics: dict, frames: list[Frame], args: argparse.Namespace) -> list[str]:
-    """Look in the data at hand for what lowers the mIoU; every rank takes part."""
-    rows, causes = metrics["per_frame"], []
-    auxiliary = score_auxiliary(frames, args) if is_too_low(metrics) else None
-    if auxiliary is not None and auxiliary > metrics["miou"]:
-        causes.append(f"the auxiliary output, _0, scores better, mIoU {percent(auxiliary)}: were the outputs swapped?")
-    if all(row["smallest_logit"] == row["largest_logit"] for row in rows):
-        causes.append("the logits of every frame are constant: the model did not compute, or its input was not read")
-    elif all(row["predicted_classes"] == 1 for row in rows):
-        causes.append("every frame predicts one class: the weights are not loaded, or the input is not the picture")
-    largest = max(max(abs(row["smallest_logit"]), abs(row["largest_logit"])) for row in rows)
-    if largest > HUGE_LOGIT:
-        causes.append(f"logits up to {largest:.0f}, beyond {HUGE_LOGIT}: overflow of FP16, or another network")
-    return causes
-
-
-def is_too_low(metrics: dict) -> bool:
-    return 100 * metrics["miou"] < metrics["expected"]["percent"]
-
-
-def score_auxiliary(frames: list[Frame], args: argparse.Namespace) -> float | None:
-    """Compute the mIoU of the auxiliary output; None if the folder does not hold it whole."""
-    try:
-        logits = find_logits(args.result_dir, [frame.name for frame in frames], AUXILIARY)
-        auxiliary = [Frame(frame.name, frame.truth, logits[frame.name]) for frame in frames[RANK::RANKS]]
-        part = score_all(auxiliary, args.workers or processors())
-    except InputError:
-        part = None  # told to the other ranks, which wait
-    parts = gather(part)
-    return None if any(part is None for part in parts) else mean_of_known(iou_of(add_up(parts).confusion))
+def warn_if_one_class(confusion: np.ndarray, frames: list[Frame]) -> None:
+    """Warn where every frame predicts one and the same class, as a model does that did not compute."""
+    (predicted,) = np.nonzero(confusion.sum(axis=0))
+    if len(predicted) != 1:
+        return
+    if all(np.ptp(read_logits(frame.logits)) == 0 for frame in frames):
+        warn("the logits of every frame are constant: the model did not compute, or its input was not read")
+    else:
+        warn(f"every frame predicts {NAMES[predicted[0]]} only: weights not loaded, or the input is not the image?")
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
-def format_report(metrics: dict, args: argparse.Namespace) -> str:
-    """Lay all results out for a terminal; without --baseline and --expect the mIoU is the last line."""
-    parts = [f"no metrics: no pixel of split {args.split} has a class"]
-    if metrics["miou"] is not None:
-        parts = [format_table(metrics), f"mIoU = {percent(metrics['miou'])}"]
-    if args.save_labels:
-        parts.insert(-1, f"{metrics['frames']} label maps in {args.save_labels}")
-    if args.baseline:
-        parts.append(format_baseline(metrics["baseline"]))
-    if args.expect is not None:
-        word, near = ("PASS", "within") if metrics["expected"]["passed"] else ("FAIL", "not within")
-        parts.append(f"{word}: mIoU {100 * metrics['miou']:.4f} is {near} {args.tolerance} of {args.expect}")
-    return "\n\n".join(parts)
+def format_maps(args: argparse.Namespace, frames: int) -> str:
+    """Format where the maps are, a line each."""
+    folders = {"label": args.save_labels, "color": args.save_colors}
+    return "".join(f"{kind} maps written to {folder}: {frames}\n" for kind, folder in folders.items() if folder)
 
 
-def format_table(metrics: dict) -> str:
-    """Lay the metrics out in percent, class by class; with a baseline its IoU and the change in percent points."""
-    confusion, baseline = np.array(metrics["confusion_matrix"]), metrics.get("baseline")
+def format_report(metrics: dict) -> str:
+    """Format the metrics in percent, one class per line; then the mIoU, and whether it is the expected one."""
+    confusion = np.array(metrics["confusion_matrix"])
     truth = confusion.sum(axis=1)
-    columns = list(metrics["iou"].values()), ratio(np.diag(confusion), truth), truth / truth.sum()
-    lines = [f"{'class':<15}{'IoU %':>8}{'recall %':>10}{'of truth %':>12}"]
+    columns = list(metrics["iou"].values()), divide(np.diag(confusion), truth), truth / truth.sum()
+    lines = [f"{'class':<15}{'IoU %':>8}{'recall %':>10}{'GT pixels %':>13}"]
     for name, iou, recall, share in zip(NAMES, *columns):
-        lines.append(f"{name:<15}{percent(iou):>8}{percent(recall):>10}{percent(share):>12}")
-    lines.append(f"{'mean':<15}{percent(metrics['miou']):>8}{percent(metrics['mean_class_accuracy']):>10}{'':>12}")
-    if baseline:
-        lines[0] += f"{'baseline %':>12}{'change':>8}"
-        for n, name in enumerate(NAMES, 1):
-            lines[n] += f"{percent(baseline['iou'][name]):>12}{percent(baseline['iou_change'][name], '+'):>8}"
-        lines[-1] += f"{percent(baseline['miou']):>12}{percent(metrics['miou'] - baseline['miou'], '+'):>8}"
-    lines.append(f"\n{metrics['frames']} frames, pixel accuracy {percent(metrics['pixel_accuracy'])} %")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def format_baseline(baseline: dict) -> str:
-    """Lay the comparison out, its verdict last."""
-    lines = [f"{'logits against the baseline':<31}{'worst':>10}{'mean':>12}  worst frame"]
-    for n, output in enumerate(baseline["outputs"]):
-        for measure, of in output.items():
-            name = f"output {n}, {measure.replace('_', ' ')}"
-            lines.append(f"{name:<31}{of['worst']:>10.6f}{of['mean']:>12.6f}  {of['worst_frame']}")
-    least = ", ".join(f"{row['frame']} {percent(row['agreement'])}" for row in baseline["least_agreeing"])
-    lines.append(f"\nlabels agree at {percent(baseline['agreement'])} % of the pixels, least at {least}")
-    if baseline["flips"]:
+        lines.append(f"{name:<15}{percent(iou):>8}{percent(recall):>10}{percent(share):>13}")
+    lines.append(f"{'mean':<15}{percent(metrics['miou']):>8}{percent(metrics['mean_class_accuracy']):>10}")
+    lines.append(f"\nframes: {metrics['frames']}, pixel accuracy {percent(metrics['pixel_accuracy'])} %")
+    lines.append(f"\nmIoU = {percent(metrics['miou'])}")
+    if "expected" in metrics:
+        expected, miou = metrics["expected"], 100 * metrics["miou"]
+        near = f"within {expected['tolerance']} of {expected['percent']:.4f}"
+        see = 'see "The mIoU is not the expected one" in README.md'
         lines.append(
-            f"{baseline['flips']} pixels differ, {percent(baseline['harmless_flips'])} % of them where the baseline's "
-            "two largest logits are no further apart than the frame's largest difference"
+            f"\nPASS: {miou:.4f} is {near}" if expected["passed"] else f"\nFAIL: {miou:.4f} is not {near}; {see}"
         )
-    failures = [f"output {n}: {failure}" for n, of in enumerate(baseline["outputs"]) for failure in find_failures(of)]
-    limits = f"cosine at least {LEAST_COSINE} and relative distance at most {LARGEST_DISTANCE}"
-    lines.append(
-        f"\nFAIL: logits unlike the baseline's ({limits} asked for): {'; '.join(failures)}"
-        if failures
-        else f"\nPASS: logits like the baseline's ({limits} at every frame and output)"
-    )
     return "\n".join(lines)
 
 
-def format_causes(found: list[str], too_low: bool) -> str:
-    """List what the data tells, then what it cannot, with the way to check it."""
-    told = [f"- {cause}" for cause in found] or ["- nothing in the data at hand tells the cause"]
-    likely = [f"- {cause}: {check}" for cause, check, raises in CAUSES if too_low or raises]
-    return "\n".join(["found:", *told, "likely causes, and how to check each:", *likely])
-
-
-def percent(fraction: float | None, sign: str = "") -> str:
-    """Format a fraction as percent, or a dash where there is none; + 0 takes the sign off -0."""
-    return "-" if fraction is None or np.isnan(fraction) else f"{round(100 * fraction, 2) + 0:{sign}.2f}"
+def percent(fraction: float | None) -> str:
+    """Format a fraction as percent, or a dash where there is none."""
+    return "-" if fraction is None or np.isnan(fraction) else f"{100 * fraction:.2f}"
 
 
 def write_json(path: Path, metrics: dict) -> None:
-    """Write beside, then rename, so that the name always means a whole file."""
+    """Write beside, then rename, so that the name always means a complete file; a device or pipe is written to.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
+    """
+    path = path.resolve() if path.is_file() else path  # a link, as /dev/stdout is, stays
+    part = path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if part != path:
+            os.replace(str(part), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        if part != path and part.exists():
+            part.unlink()
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write beside, then rename, so that the name always means a complete file.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        image.save(part, "PNG", compress_level=1)
+        os.replace(str(part), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def show_progress(frames: Iterable, total: int) -> Iterable:
-    """Show a bar where somebody may look at it; tqdm takes a tenth of a second to import."""
+def make_folders(args: argparse.Namespace) -> None:
+    """Make the folders for the maps and lock them until this process ends.
+
+    Raises:
+        InputError: another run holds one.
+    """
+    for folder in {args.save_labels, args.save_colors} - {None}:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:  # torchrun's ranks share it
+            lock = (fcntl.LOCK_SH if RANKS > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB
+            fcntl.flock(os.open(str(folder), os.O_RDONLY), lock)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another run is writing here; wait for it, or pass another folder") from None
+
+
+def show_progress(futures: list[Future]) -> Iterable[Future]:
+    """Show a progress bar if stderr is a terminal; tqdm takes a tenth of a second to import."""
     if RANK or not sys.stderr.isatty():
-        return frames
+        return futures
     from tqdm import tqdm
 
-    return tqdm(frames, total=total, unit="frame")
+    return tqdm(futures, unit="frame")
 
 
 def join_ranks() -> None:
-    """Connect with torchrun's other processes, early, so that all notice when one ends."""
+    """Connect with torchrun's other processes, early, so that all notice when one fails."""
     if RANKS > 1:
         from torch import distributed
 
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", timeout=timedelta(days=1))
         atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort the process as it ends
 
 
-def gather(value: Any) -> list:
-    """Collect every rank's value, in the order of the ranks.
+def gather(share: list) -> list:
+    """Collect every rank's share, which is every RANKS-th value, in the order of the values.
 
     Raises:
-        InputError: another rank has ended.
+        InputError: another rank failed.
     """
     if RANKS == 1:
-        return [value]
+        return share
     from torch import distributed
 
-    values = [None] * RANKS
+    shares = [None] * RANKS
     try:
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(shares, share)
     except RuntimeError:
-        raise InputError("another rank has ended; its message tells why") from None
-    return values
+        raise InputError("another rank failed; see its message") from None
+    return [shares[n % RANKS][n // RANKS] for n in range(sum(map(len, shares)))]
 
 
-def processors() -> int:
-    """Count the processors that this process may use, shared with the other ranks on this host."""
+def count_cpus() -> int:
+    """Count the CPUs this process may use, shared with the other ranks on this host."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, allowed // RANKS_HERE)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
 
 
 def percentage(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 100:
-        raise ValueError
+    if not 0 <= float(text) <= 100:
+        raise argparse.ArgumentTypeError("must be from 0 to 100")
+    return float(text)
+
+
+def expected_miou(text: str) -> float:
+    """Read --expect: percent, or a METRICS.json whose mIoU is meant."""
+    if text.endswith(".json"):
+        try:
+            return 100 * float(json.loads(Path(text).read_text(encoding="utf-8"))["miou"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise argparse.ArgumentTypeError(f"{text}: not what --json writes: {error!r}") from None
+    value = percentage(text)
+    if 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"is in percent; {text} of 1 is {100 * value:g}")
     return value
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score logits against the Cityscapes labels: IoU by class and mIoU.")
+    parser = argparse.ArgumentParser(description="Score logits against the Cityscapes labels: IoU per class and mIoU.")
     add = parser.add_argument
-    add("data_dir", metavar="DATA_DIR", type=Path, help="Cityscapes, holds gtFine/")
-    add("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, as result/result_bs1")
+    add("data_dir", metavar="DATA_DIR", type=Path, help="Cityscapes; holds gtFine/")
+    add("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, e.g. result/result_bs1")
     add("--split", default="val", help="folder below gtFine (default: %(default)s)")
-    add("--workers", metavar="N", type=positive, help="threads (default: one for each processor)")
+    add("--workers", metavar="N", type=at_least_one, help="threads (default: one per CPU)")
     add("--json", metavar="FILE", type=Path, help="write all metrics and the confusion matrix here")
-    add("--save_labels", metavar="DIR", type=Path, help="write each frame's prediction here, as PNG of label ids")
-    add(
-        "--baseline", metavar="RESULT_DIR", type=Path, help="compare with these results; exit 1 if they are too far off"
-    )
-    add("--expect", metavar="PERCENT", type=percentage, help="mIoU to hold against; exit 1 and likely causes if missed")
-    add(
-        "--tolerance",
-        metavar="POINTS",
-        type=percentage,
-        default=0.1,
-        help="with --expect, difference allowed, in percent points (default: %(default)s)",
-    )
+    add("--save_labels", metavar="DIR", type=Path, help="write each prediction here, as a PNG of label ids")
+    add("--save_colors", metavar="DIR", type=Path, help="write each prediction here, as a PNG in Cityscapes' colors")
+    add("--expect", metavar="PERCENT", type=expected_miou,
+        help="expected mIoU, or a METRICS.json that holds it; exit status 1 if it is missed")  # fmt: skip
+    add("--tolerance", metavar="POINTS", type=percentage, default=0.1,
+        help="allowed difference to --expect, in percentage points (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: no such folder")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json}: must be a file in an existing folder")
     return args
-
-
-def score_ranks(frames: list[Frame], args: argparse.Namespace) -> Score:
-    """Score this rank's share of the frames and add up all ranks'."""
-    return add_up(gather(score_all(frames[RANK::RANKS], args.workers or processors())))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     frames = find_frames(args)
-    keep_memory()
     join_ranks()
-    if args.save_labels:
-        args.save_labels.mkdir(parents=True, exist_ok=True)
-    metrics = summarise(score_ranks(frames, args), args)
-    missed = args.expect is not None and not metrics["expected"]["passed"]
-    causes = find_causes(metrics, frames, args) if missed else []
-    if RANK == 0:
-        print(format_report(metrics, args))
-        if missed:
-            print(format_causes(causes, is_too_low(metrics)))
-        if args.json:
-            write_json(args.json, metrics)
-    return int(missed or bool(args.baseline and not metrics["baseline"]["passed"]))
+    make_folders(args)
+    announce_compilation()
+    confusions = gather(score_all(frames[RANK::RANKS], args))
+    if RANK:
+        return 0
+    if not needs_labels(args) and not np.any(confusions):
+        print(format_maps(args, len(frames)), end="")
+        return 0
+    metrics = summarise(frames, confusions, args)
+    if args.json:  # before printing, which a closed pipe ends
+        write_json(args.json, metrics)
+    warn_if_one_class(np.sum(confusions, axis=0), frames)
+    print(format_maps(args, len(frames)), format_report(metrics), sep="")
+    return 1 if args.expect is not None and not metrics["expected"]["passed"] else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: where things lie, how a user starts a script, and a model small enough to check by hand."""
+"""What the tests share: paths, how a user starts a script, and data small enough to check by hand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from types import ModuleType
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 GOLDEN_DATA_DIR = DATA / "cityscapes"
 GOLDEN_FRAME = "frankfurt_999999_000001"
 GOLDEN = json.loads((DATA / "expected.json").read_text())
+LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
 sys.path.insert(0, str(ROOT))
 
@@ -31,7 +33,7 @@ def run(script: str, *args: object, status: int = 0, **options: object) -> subpr
 
 
 def error_of(script: str, *args: object) -> str:
-    """Return the one line that a script says of a user's mistake, without its own name."""
+    """Return the one line with which a script reports a user's mistake, without its own name."""
     stderr = run(script, *args, status=1).stderr
     start = f"{script}: error: "
     assert stderr.startswith(start), stderr
@@ -40,7 +42,7 @@ def error_of(script: str, *args: object) -> str:
 
 
 def refusal(module: ModuleType, *args: object) -> str:
-    """Return what a script says of a user's mistake, in this process, which saves the start of another."""
+    """Return a script's message for a user's mistake, run in this process, which saves the start of another."""
     try:
         module.main([str(arg) for arg in args])
     except module.InputError as error:
@@ -60,6 +62,16 @@ def golden_logits() -> np.ndarray:
     return np.load(DATA / "logits_1x19x65x129.npy").astype(np.float32)[0]
 
 
+def add_frame(folder: Path, frame: str, truth: np.ndarray, prediction: np.ndarray) -> None:
+    """Add labels of train ids, 255 for ignored, and to folder/r logits that predict (65, 129) train ids."""
+    label_path = folder / "gtFine" / "val" / frame.split("_")[0] / f"{frame}_gtFine_labelIds.png"
+    label_path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.array([*LABEL_IDS, *[0] * 237], np.uint8)[truth]).save(label_path)
+    (folder / "r").mkdir(exist_ok=True)
+    logits = (np.arange(19)[:, None, None] == prediction).astype("<f4")
+    logits.tofile(folder / "r" / f"{frame}_leftImg8bit_1.bin")
+
+
 def save_two_channel_model(path: Path, batch: int | str = "batch", offset: float = 0) -> np.ndarray:
     """Save a model image (batch, 3, 4, 6) -> two outputs (batch, 2, 4, 6), by 1x1 convolutions, and return its weights.
 
@@ -77,7 +89,7 @@ def save_two_channel_model(path: Path, batch: int | str = "batch", offset: float
 
 
 def ascend_environment(**settings: str) -> dict[str, str]:
-    """Make an environment in which npu-smi, atc and ais_bench are the stand-ins of tests/fake_ascend."""
+    """Make an environment in which npu-smi, atc and ais_bench are those of tests/fake_ascend."""
     fakes = ROOT / "tests" / "fake_ascend"
     path = f"{fakes / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(fakes / "python"), **settings}

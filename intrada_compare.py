@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Compare two folders of logits of the same frames, e.g. an .om's with ONNX Runtime's: how much did a conversion lose?
+
+    RESULT_DIR/<frame>_<i>.bin (or .npy)     output i, float32 or float16, (19, 65, 129)
+    BASELINE_DIR/<frame>_<i>.bin (or .npy)   the same outputs of the same frames
+ -> a table on stdout, PASS or FAIL in the last line and in the exit status, and with --json all of it
+
+The verdict is Huawei's: every frame and output has a cosine similarity of at least 0.99 and a relative Euclidean
+distance of at most 0.05. ais_bench's folders for several devices (device0, device1_1, ...) are read as well.
+
+    $ python3 intrada_compare.py result/result_bs1 baseline/result_bs1 | tail -n 1
+    PASS: cosine similarity at least 0.99 and relative distance at most 0.05 everywhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+LOGITS_SHAPE = 19, 65, 129
+LOGITS_SIZE = 19 * 65 * 129
+
+# Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer, Computation Accuracy Evaluation Indicators.
+LEAST_COSINE, LARGEST_DISTANCE = 0.99, 0.05
+
+
+class InputError(Exception):
+    """A mistake the user can fix; reported in one line, without a traceback."""
+
+
+def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Path]]:
+    """Pair the files of both folders by name.
+
+    Returns:
+        Both files of each `<frame>_<output>`, sorted by name.
+
+    Raises:
+        InputError: it is the same folder, there are no files, or one of them has files that the other has not.
+    """
+    results, baselines = find_logits(result_dir), find_logits(baseline_dir)
+    if result_dir.samefile(baseline_dir):
+        raise InputError(f"{result_dir} and {baseline_dir} are the same folder")
+    for folder, extra in ((result_dir, results.keys() - baselines), (baseline_dir, baselines.keys() - results)):
+        if extra:
+            raise InputError(f"only {folder} has {len(extra)} of the results: {first_five(sorted(extra))}")
+    return {name: (results[name], baselines[name]) for name in sorted(results)}
+
+
+def find_logits(folder: Path) -> dict[str, Path]:
+    """Find `<frame>_<output>.bin` or `.npy` in a folder or in ais_bench's device folders below it.
+
+    Raises:
+        InputError: there are none, or one occurs twice with different content.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.*"), *folder.glob("device*/*.*")]):
+        if path.suffix not in (".bin", ".npy") or not re.search(r"_\d+$", path.stem):
+            continue
+        other = found.setdefault(path.stem, path)
+        if other != path and not np.array_equal(read_logits(other), read_logits(path)):
+            raise InputError(f"{other} and {path} differ: results of two runs; empty the folder and infer again")
+    if not found:
+        raise InputError(
+            f"{folder}: no <frame>_<output>.bin or .npy; expected what ais_bench or intrada_infer.py wrote"
+        )
+    return found
+
+
+def first_five(names: list[str]) -> str:
+    """List at most five names, to keep the message on one line."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def read_logits(path: Path) -> np.ndarray:
+    """Read (19, 65, 129) logits as float64; a `.bin` has no header, so its size tells float32 from float16.
+
+    Raises:
+        InputError: another size or type, or values that are NaN or Inf.
+    """
+    expected = f"expected {LOGITS_SHAPE}, float32 ({4 * LOGITS_SIZE} bytes) or float16 ({2 * LOGITS_SIZE} bytes)"
+    if path.suffix == ".bin":
+        size = path.stat().st_size
+        if size not in (2 * LOGITS_SIZE, 4 * LOGITS_SIZE):
+            raise InputError(f"{path}: {size} bytes; {expected}; infer this frame again")
+        logits = np.fromfile(str(path), "<f4" if size == 4 * LOGITS_SIZE else "<f2").reshape(LOGITS_SHAPE)
+    else:
+        try:
+            logits = np.lib.format.open_memmap(str(path), mode="r")
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path}: not a complete .npy: {error}") from None
+        if logits.shape not in (LOGITS_SHAPE, (1, *LOGITS_SHAPE)) or logits.dtype not in (np.float32, np.float16):
+            raise InputError(f"{path}: {logits.dtype} {logits.shape}; {expected}; infer this frame again")
+    if not np.isfinite(logits).all():
+        raise InputError(f"{path}: NaN or Inf, typically an FP16 overflow")
+    return logits.astype(np.float64).reshape(LOGITS_SHAPE)
+
+
+def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """Compare two outputs of a frame.
+
+    `cosine` is the cosine similarity; `relative_distance` the Euclidean distance by the baseline's length;
+    `largest_difference` the largest absolute difference; `agreement` the share of the grid points at which the same
+    class has the largest logit. Where an output is all zeros, and so has no direction, equal ones have cosine 1 and
+    distance 0, others 0 and 1.
+
+    Args:
+        result, baseline: (19, 65, 129) float64, finite.
+    """
+    difference = np.abs(result - baseline)
+    lengths = np.linalg.norm(result), np.linalg.norm(baseline)
+    equal = not difference.any()
+    return {
+        "cosine": float(np.vdot(result, baseline) / np.prod(lengths)) if all(lengths) else float(equal),
+        "relative_distance": float(np.linalg.norm(difference) / lengths[1]) if all(lengths) else float(not equal),
+        "largest_difference": float(difference.max()),
+        "agreement": float(np.mean(result.argmax(axis=0) == baseline.argmax(axis=0))),
+    }
+
+
+def summarise(measured: dict[str, dict[str, float]]) -> dict[str, dict]:
+    """Find the worst frame and the mean of every measure, output by output; distances are worst at their largest."""
+    outputs: dict[str, dict] = {}
+    for output in sorted({name.rpartition("_")[2] for name in measured}, key=int):
+        frames = [name for name in measured if name.rpartition("_")[2] == output]
+        outputs[output] = {}
+        for measure in measured[frames[0]]:
+            values = {name.rpartition("_")[0]: measured[name][measure] for name in frames}
+            worst = (max if measure.endswith(("distance", "difference")) else min)(values, key=values.__getitem__)
+            mean = float(np.mean(list(values.values())))
+            outputs[output][measure] = {"worst": values[worst], "mean": mean, "worst_frame": worst}
+    return outputs
+
+
+def find_failures(outputs: dict[str, dict]) -> list[str]:
+    """List what is outside of Huawei's limits."""
+    failures = []
+    for output, stats in outputs.items():
+        cosine, distance = stats["cosine"], stats["relative_distance"]
+        if not cosine["worst"] >= LEAST_COSINE:
+            failures.append(f"output {output}: cosine similarity {cosine['worst']:.6g} at {cosine['worst_frame']}")
+        if not distance["worst"] <= LARGEST_DISTANCE:
+            failures.append(f"output {output}: relative distance {distance['worst']:.6g} at {distance['worst_frame']}")
+    return failures
+
+
+def format_report(frames: int, outputs: dict[str, dict], failures: list[str]) -> str:
+    """Format the comparison, the verdict in the last line."""
+    lines = [f"{'output':<8}{'measure':<20}{'worst':>12}{'mean':>12}  worst frame"]
+    for output, measures in outputs.items():
+        for measure, stats in measures.items():
+            name = f"{output:<8}{measure.replace('_', ' '):<20}"
+            lines.append(f"{name}{stats['worst']:>12.6f}{stats['mean']:>12.6f}  {stats['worst_frame']}")
+    limits = f"cosine similarity at least {LEAST_COSINE} and relative distance at most {LARGEST_DISTANCE}"
+    verdict = f"FAIL: not {limits}: {'; '.join(failures)}" if failures else f"PASS: {limits} everywhere"
+    return "\n".join([*lines, f"\nframes: {frames}", f"\n{verdict}"])
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write beside, then rename, so that the name always means a complete file; a device or pipe is written to.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
+    """
+    path = path.resolve() if path.is_file() else path  # a link, as /dev/stdout is, stays
+    part = path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if part != path:
+            os.replace(str(part), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        if part != path and part.exists():
+            part.unlink()
+
+
+def show_progress(pairs: dict[str, tuple[Path, Path]]) -> Iterable:
+    """Show a progress bar if stderr is a terminal and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return pairs.items()
+    return tqdm(pairs.items(), unit="file", disable=None)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare two folders of logits of the same frames.")
+    parser.add_argument("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, e.g. result/result_bs1")
+    parser.add_argument("baseline_dir", metavar="BASELINE_DIR", type=Path, help="folder of logits to compare with")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the comparison here too")
+    args = parser.parse_args(argv)
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json}: must be a file in an existing folder")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    pairs = find_pairs(args.result_dir, args.baseline_dir)
+    measured = {name: measure(*map(read_logits, paths)) for name, paths in show_progress(pairs)}
+    outputs = summarise(measured)
+    failures = find_failures(outputs)
+    frames = len({name.rpartition("_")[0] for name in pairs})
+    if args.json:  # before printing, which a closed pipe ends
+        folders = {"result_dir": str(args.result_dir), "baseline_dir": str(args.baseline_dir)}
+        write_json(args.json, {**folders, "frames": frames, "outputs": outputs, "passed": not failures})
+    print(format_report(frames, outputs, failures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except (InputError, OSError) as error:
+        raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
