@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export the IntraDA checkpoint to ONNX and prove that both compute the same.
+"""Export the IntraDA checkpoint to ONNX and verify that both compute the same.
 
    WEIGHTS    state dict of DeepLabv2 (ResNet-101), 640 tensors, FP32, about 180 MB
 -> ONNX       opset 11; input  image              float32 (batch, 3, 512, 1024)
@@ -15,26 +15,25 @@
 from __future__ import annotations
 
 import argparse
-import filecmp
-import inspect
 import os
-import warnings
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 HEIGHT, WIDTH = 512, 1024
 LOGITS_HEIGHT, LOGITS_WIDTH = 65, 129
 NUM_CLASSES = 19
-TRACE_SIZE = 32, 64  # tracing needs no picture; this one costs a quarter of the time and memory of a full-size one
 TOLERANCE = 1e-3  # of the largest logit, between torch and ONNX Runtime
 
 
 class InputError(Exception):
-    """What the user can mend; told in one line, without a traceback."""
+    """A mistake the user can fix; reported in one line, without a traceback."""
 
 
 class Bottleneck(nn.Module):
@@ -124,25 +123,25 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
     """Read a checkpoint: torch's zip or its old pickle format, bare or under `state_dict`, with or without `module.`.
 
     Raises:
-        InputError: the file holds no state dict of tensors, or anything that only running code could load.
+        InputError: the file is damaged, or holds anything but a state dict of tensors, which could run code.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # torch's readers raise nearly everything; their texts advise to load without weights_only
+        damaged = zipfile.ZipFile(weights).testzip() if zipfile.is_zipfile(weights) else None  # torch checks no CRC
+        checkpoint = None if damaged else torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{weights}: {error.strerror or error}") from None
+    except Exception:  # torch's readers raise nearly everything; their messages advise to load without weights_only
         raise InputError(
-            f"{weights}: not a torch checkpoint of plain tensors, or cut short; "
-            "anything else could run code and is not loaded"
+            f"{weights}: truncated, or not a torch checkpoint of plain tensors; anything else could run code and is "
+            "not loaded"
         ) from None
+    if damaged:
+        raise InputError(f"{weights}: damaged: the checksum of {damaged} does not match; copy or download it again")
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("state_dict", checkpoint)
-    tensors = isinstance(checkpoint, dict) and all(
+    if not isinstance(checkpoint, dict) or not all(
         isinstance(key, str) and torch.is_tensor(value) for key, value in checkpoint.items()
-    )
-    if not tensors:
+    ):
         raise InputError(f"{weights}: expected a state dict of tensors, bare or under `state_dict`")
     return {key[len("module.") :] if key.startswith("module.") else key: value for key, value in checkpoint.items()}
 
@@ -150,125 +149,147 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
 def load_network(weights: Path) -> DeepLabV2:
     """Build the network with the weights of a checkpoint.
 
-    torch 0.4 and earlier saved no `num_batches_tracked`; inference does not use it, so its absence is no fault.
+    torch 0.4 and earlier saved no `num_batches_tracked`; inference does not use it, so it may be absent.
 
     Raises:
-        InputError: keys are missing, unexpected or misshapen, each kind told with its count and its first five.
+        InputError: keys are missing or unexpected, or values of another shape or not finite; each kind with its first
+            five keys.
     """
     state_dict = read_state_dict(weights)
-    with torch.device("meta"):  # the weights come from the file; none is made up first
+    with torch.device("meta"):  # the weights come from the file; none is initialized first
         network = DeepLabV2().eval()
-    expected = network.state_dict()
-    faults = {
-        "missing": [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in state_dict if key not in expected],
-        "misshapen": [
-            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(tensor.shape)}"
-            for key, tensor in expected.items()
-            if key in state_dict and state_dict[key].shape != tensor.shape
-        ],
+    expected = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    found = {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+    problems = {
+        "missing": expected.keys() - found,
+        "unexpected": found.keys() - expected,
+        "of another shape": {key for key in expected.keys() & found if expected[key].shape != found[key].shape},
+        "not finite": {
+            key for key, value in found.items() if not (value.is_floating_point() and value.isfinite().all())
+        },
     }
-    faults["not finite numbers"] = [
-        key
-        for key, tensor in state_dict.items()
-        if not (tensor.is_floating_point() and tensor.isfinite().all()) and not key.endswith("num_batches_tracked")
-    ]
-    told = [f"{len(keys)} {kind} ({first_five(keys)})" for kind, keys in faults.items() if keys]
-    if told:
-        raise InputError(f"{weights}: not the weights of this network: {'; '.join(told)}")
-    unused = {key: torch.tensor(0) for key in expected if key.endswith("num_batches_tracked")}
-    network.load_state_dict({**unused, **state_dict}, assign=True)
-    return network.float()
+    described = [f"{len(keys)} {kind} ({first_five(sorted(keys))})" for kind, keys in problems.items() if keys]
+    if described:
+        raise InputError(f"{weights}: not the weights of this network: {'; '.join(described)}")
+    network.load_state_dict({key: value.float() for key, value in found.items()}, strict=False, assign=True)
+    return network
 
 
-def first_five(names: list, separator: str = ", ") -> str:
-    """Name the first five, so that a message stays one readable line."""
-    return separator.join(map(str, names[:5])) + (f"{separator}..." if len(names) > 5 else "")
+def first_five(names: list[str]) -> str:
+    """List at most five names, to keep the message on one line."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------------- the ONNX graph
+
+
+class Graph:
+    """Writes a network's modules into an ONNX graph; every method takes and returns the names of values."""
+
+    def __init__(self, proto: onnx.GraphProto) -> None:
+        self.proto = proto
+
+    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
+        """Add a node and return the name of its output."""
+        output = output or f"{operator}_{len(self.proto.node)}"
+        self.proto.node.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def add_weights(self, name: str, values: torch.Tensor) -> str:
+        self.proto.initializer.append(onnx.numpy_helper.from_array(values.detach().float().contiguous().numpy(), name))
+        return name
+
+    def conv(self, x: str, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> str:
+        """Add a convolution, and fold the batch norm that follows it into its weight and bias, in float64."""
+        weight, bias = conv.weight.double(), conv.bias
+        if norm:
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            weight = weight * scale[:, None, None, None]
+            bias = norm.bias.double() - norm.running_mean.double() * scale
+        name = f"Conv_{len(self.proto.node)}"
+        return self.add(
+            "Conv",
+            x,
+            self.add_weights(f"{name}.weight", weight),
+            self.add_weights(f"{name}.bias", bias),
+            kernel_shape=conv.kernel_size,
+            strides=conv.stride,
+            pads=conv.padding * 2,
+            dilations=conv.dilation,
+        )
+
+    def bottleneck(self, x: str, block: Bottleneck) -> str:
+        shortcut = self.conv(x, *block.downsample) if block.downsample else x
+        x = self.add("Relu", self.conv(x, block.conv1, block.bn1))
+        x = self.add("Relu", self.conv(x, block.conv2, block.bn2))
+        return self.add("Relu", self.add("Add", self.conv(x, block.conv3, block.bn3), shortcut))
+
+    def stage(self, x: str, blocks: nn.Sequential) -> str:
+        for block in blocks:
+            x = self.bottleneck(x, block)
+        return x
+
+    def classifier(self, x: str, head: Classifier, output: str) -> None:
+        first, *others = head.conv2d_list
+        logits = self.conv(x, first)
+        for conv in others:
+            logits = self.add("Add", logits, self.conv(x, conv), output=output if conv is others[-1] else None)
+
+    def network(self, image: str, network: DeepLabV2) -> None:
+        """Add what `DeepLabV2.forward` computes."""
+        pool = network.maxpool
+        x = self.add("Relu", self.conv(image, network.conv1, network.bn1))
+        x = self.add("MaxPool", x, kernel_shape=[pool.kernel_size] * 2, strides=[pool.stride] * 2,
+                     pads=[pool.padding] * 4, ceil_mode=int(pool.ceil_mode))  # fmt: skip
+        features = self.stage(self.stage(self.stage(x, network.layer1), network.layer2), network.layer3)
+        self.classifier(features, network.layer5, "output_0")
+        self.classifier(self.stage(features, network.layer4), network.layer6, "output_1")
 
 
 def export(network: DeepLabV2, path: Path, opset: int) -> None:
-    """Write the network as ONNX; the same weights and versions give the same bytes.
-
-    The trace runs on a small picture: a convolutional graph does not depend on the size, and a full-size trace
-    takes 20 s and 5 GB. The size of DATA_DIR's frames is declared afterwards.
-    """
-    arguments = {
-        "opset_version": opset,
-        "input_names": ["image"],
-        "output_names": ["output_0", "output_1"],
-        "dynamic_axes": {"image": {0: "batch"}, "output_0": {0: "batch"}, "output_1": {0: "batch"}},
-    }
-    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
-        arguments["dynamo"] = False  # the newer exporter knows no opset below 18, which ATC of CANN 6 cannot read
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(network, (torch.zeros(1, 3, *TRACE_SIZE),), str(path), **arguments)
-    model = onnx.load(path)
-    remove_identities(model)
-    declare_max_pool(model)
-    declare_size(model.graph.input[0], (3, HEIGHT, WIDTH))
-    for output in model.graph.output:
-        declare_size(output, (NUM_CLASSES, LOGITS_HEIGHT, LOGITS_WIDTH))
-    del model.graph.value_info[:]
+    """Write the network as ONNX; the same weights give the same bytes."""
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(
+        onnx.GraphProto(name="IntraDA"),  # filled in place, since every copy of the weights costs 180 MB
+        opset_imports=opsets,
+        ir_version=helper.find_min_ir_version_for(opsets),  # which the oldest readers of this opset know
+        producer_name="intrada_pth2onnx.py",
+    )
+    make_value = helper.make_tensor_value_info
+    model.graph.input.append(make_value("image", TensorProto.FLOAT, ["batch", 3, HEIGHT, WIDTH]))
+    for output in ("output_0", "output_1"):
+        shape = ["batch", NUM_CLASSES, LOGITS_HEIGHT, LOGITS_WIDTH]
+        model.graph.output.append(make_value(output, TensorProto.FLOAT, shape))
+    Graph(model.graph).network("image", network)
     onnx.save(model, path)
 
 
-def remove_identities(model: onnx.ModelProto) -> None:
-    """Take out Identity, by which torch lets two convolutions share equal weights, and which ATC need not know."""
-    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Identity"}
-    nodes = [node for node in model.graph.node if node.op_type != "Identity"]
-    for node in nodes:
-        node.input[:] = [sources.get(name, name) for name in node.input]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-
-
-def declare_max_pool(model: onnx.ModelProto) -> None:
-    """Write the max pool as it is: torch 2.1 puts padding for ceil_mode, which ONNX Runtime refuses."""
-    (pool,) = (node for node in model.graph.node if node.op_type == "MaxPool")
-    attributes = {"ceil_mode": 1, "kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [2, 2]}
-    del pool.attribute[:]
-    pool.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
-
-
-def declare_size(value: onnx.ValueInfoProto, sizes: tuple[int, int, int]) -> None:
-    """Set the dimensions behind the batch."""
-    for dimension, size in zip(value.type.tensor_type.shape.dim[1:], sizes):
-        dimension.dim_value = size
-
-
 def verify(network: DeepLabV2, path: Path) -> None:
-    """Check the file with onnx.checker, and ONNX Runtime against torch on one random full-size input.
+    """Check the file with onnx.checker, and ONNX Runtime against torch on a random full-size input.
 
     Raises:
         InputError: a logit differs by more than TOLERANCE of the largest logit.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and later report to Microsoft otherwise
-    import onnxruntime  # only here, so that --skip_verify does without it
+    import onnxruntime  # only here, so that --skip_verify works without it
 
+    print("verifying the export at batch 1 and 2, which takes a minute on two cores", file=sys.stderr)
     onnx.checker.check_model(str(path), full_check=True)
     image = np.random.default_rng(0).uniform(-120, 150, (2, 3, HEIGHT, WIDTH)).astype(np.float32)
-    with torch.inference_mode():  # in the layout that torch's convolutions are fastest in
+    with torch.inference_mode():  # in the layout in which torch's convolutions are fastest
         nhwc = {"memory_format": torch.channels_last}
         expected = [logits.numpy() for logits in network.to(**nhwc)(torch.from_numpy(image).to(**nhwc))]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for batch in (1, 2):
         found = session.run(["output_0", "output_1"], {"image": image[:batch]})
         error = max(np.abs(f - e[:batch]).max() / np.abs(e).max() for f, e in zip(found, expected))
-        print(f"batch {batch}: ONNX Runtime differs from torch by at most {error:.1e} of the largest logit")
-        if not error <= TOLERANCE:  # also when it is not a number
-            raise InputError(f"{path}: the export computes something else than the checkpoint")
-
-
-def is_same_file(part: Path, path: Path) -> bool:
-    """Tell whether the export came out as before; then the old file stays, and results newer than it stay current."""
-    return path.exists() and filecmp.cmp(part, path, shallow=False)
+        print(f"batch {batch}: ONNX Runtime differs from torch by at most {error:.1e} of the largest logit", flush=True)
+        if not error <= TOLERANCE:  # also when it is NaN
+            raise InputError("the export does not match the checkpoint; nothing was written")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Export the IntraDA checkpoint to ONNX and prove that both compute the same."
-    )
+    parser = argparse.ArgumentParser(description="Export the IntraDA checkpoint to ONNX and verify the result.")
     parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="checkpoint, .pth")
     parser.add_argument("onnx", metavar="ONNX", type=Path, help="file to write, .onnx")
     parser.add_argument(
@@ -279,21 +300,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="ATC of CANN 5 to 8 takes 11 (default: %(default)s)",
     )
     parser.add_argument("--skip_verify", action="store_true", help="do not compare ONNX Runtime with torch")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.onnx.is_dir() or not args.onnx.parent.is_dir():
+        parser.error(f"{args.onnx}: ONNX must be a file path in an existing folder")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.onnx.is_dir() or not args.onnx.parent.is_dir():
-        raise InputError(f"{args.onnx}: ONNX is a file to write, in a folder that is there")
     network = load_network(args.weights)
-    part = args.onnx.with_name(args.onnx.name + ".part")
+    part = args.onnx.with_name(f"{args.onnx.name}.{os.getpid()}.part")
     try:
         export(network, part, args.opset)
         if not args.skip_verify:
             verify(network, part)
-        if not is_same_file(part, args.onnx):
-            os.replace(part, args.onnx)
+        os.replace(part, args.onnx)
+    except OSError as error:
+        raise InputError(f"{args.onnx}: cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
     print(f"{args.onnx}: opset {args.opset}, {args.onnx.stat().st_size / 1e6:.1f} MB")
