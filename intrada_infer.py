@@ -4,14 +4,15 @@
     --model X.onnx                        input image (batch, 3, 512, 1024) float32
     --input SAVE_DIR/<stem>.bin           float32, little-endian, one frame; or .npy; naturally sorted
  -> OUTPUT/DIRNAME/<stem>_<i>.bin         float32, little-endian, output i of the model: (19, 65, 129), 637 260 bytes
-    OUTPUT/DIRNAME_summary.json           times in ms, throughput in frames/s, which file became which
-    OUTPUT/DIRNAME_model.json             what the results are made with: model, provider, batch size
+    OUTPUT/DIRNAME_summary.json           times in ms, throughput in frames/s, which file became which, what ran
+    OUTPUT/DIRNAME_model.json             what the results belong to: model, provider, batch size, digests of the inputs
 
-The last group is padded to the batch size with its first frame, and the padding's outputs are dropped. Started again,
-only what is missing or out of date is inferred. Without --input zeros are inferred, --loop times.
+The last group is padded to the batch size with its first frame, and the padding's outputs are dropped. Interrupted and
+restarted, it resumes: results of the same model and input are kept. Without --input, zeros are inferred --loop times
+for the speed alone.
 
     $ python3 intrada_infer.py --model X.onnx --input prep --output result --output_dirname result_bs1 --batchsize 1
-    provider cpu: 500 frames (500 inferred, 0 kept), 0.25 frames/s computing, 0.25 end to end, in result/result_bs1
+    provider cpu, frames: 500 (500 inferred, 0 kept), 0.25 frames/s computing, 0.25 end to end, in result/result_bs1
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -26,7 +28,9 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,28 +40,37 @@ import numpy as np
 import onnxruntime
 from tqdm import tqdm
 
-PURE_INFERENCE_STEM = "pure_infer_data"  # what ais_bench calls the outputs of zeros
+NPY_HEADER = 128  # bytes
 
-
-# torchrun's place of this process among all, and how many run on this host; without torchrun one, and no torch.
-RANK, RANKS, RANKS_HERE = (
-    int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-)
+# Set by torchrun; without it this is the only process.
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ["RANK"]) if RANKS > 1 else 0
+LOCAL_RANK, RANKS_HERE = (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if RANKS > 1 else (0, 1)
 
 
 class InputError(Exception):
-    """What the user can mend; told in one line, without a traceback."""
+    """A mistake the user can fix; reported in one line, without a traceback."""
+
+
+class Model(NamedTuple):
+    """A loaded model: its digest, the shape of one frame, and those of its outputs."""
+
+    session: onnxruntime.InferenceSession
+    sha256: str
+    frame_shape: tuple[int, ...]
+    output_shapes: list[tuple[int, ...]]
 
 
 class Frame(NamedTuple):
-    """One file to infer, or None for zeros, and the files of its outputs, none if they are not saved."""
+    """A file to infer, and the files of its outputs; none if they are not saved."""
 
-    source: Path | None
+    stem: str
+    source: Path
     targets: list[Path]
 
 
 class Run(NamedTuple):
-    """What one rank did: its groups of frames, the milliseconds of each `session.run`, the seconds of it all."""
+    """What one rank did: its groups of frames, the milliseconds of each `session.run`, the seconds of it all, where."""
 
     groups: list[list[Frame]]
     compute_ms: list[float]
@@ -68,91 +81,106 @@ class Run(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- the model
 
 
-def open_session(model: Path, provider: str, device: int, threads: int) -> onnxruntime.InferenceSession:
-    """Load the model into an execution provider, whole or not at all.
-
-    Args:
-        provider: an ONNX Runtime execution provider in short: cpu, cuda, tensorrt, openvino, cann, ...
+def load_model(args: argparse.Namespace) -> Model:
+    """Load a model into an execution provider, completely or not at all.
 
     Raises:
-        InputError: the model cannot be read, or the provider is absent or would leave work to the CPU.
+        InputError: the model cannot be read or is not one of intrada_pth2onnx.py's, or the provider would leave work to
+            the CPU.
     """
-    names = {short_name(name): name for name in onnxruntime.get_available_providers()}
-    if provider not in names:
-        raise InputError(f"--provider {provider}: not in this onnxruntime, which has {', '.join(names)}")
-    if not model.is_file():
-        raise InputError(f"{model}: no such file; --model is what intrada_pth2onnx.py wrote")
+    names = available_providers()
+    if not args.model.is_file():
+        raise InputError(f"{args.model}: no such file; --model is what intrada_pth2onnx.py wrote")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # the exception says it all
-    if provider != "cpu":
+    options.intra_op_num_threads = args.threads or count_cpus()
+    options.log_severity_level = 4  # the exception has it all
+    if args.provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    choice = (names[provider], {"device_id": str(device)} if device else {})
+    device = args.device + LOCAL_RANK
+    settings = {"device_id": str(device)} if device and args.provider != "cpu" else {}
     try:
-        session = onnxruntime.InferenceSession(str(model), options, providers=[choice])
+        session = onnxruntime.InferenceSession(str(args.model), options, providers=[(names[args.provider], settings)])
     except Exception as error:  # onnxruntime's own exceptions share no other base
+        raise InputError(f"{args.model}: --provider {args.provider} cannot run it: {one_line(error)}") from None
+    if session.get_providers()[0] != names[args.provider]:
+        raise InputError(f"--provider {args.provider}: onnxruntime took {session.get_providers()[0]} instead")
+    return Model(session, digest(args.model), *read_shapes(session, args.batchsize))
+
+
+def read_shapes(session: onnxruntime.InferenceSession, batch: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Read the shape of one frame, and those of its outputs.
+
+    Raises:
+        InputError: the model is not one of intrada_pth2onnx.py's, or has another fixed batch size.
+    """
+    values = [*session.get_inputs(), *session.get_outputs()]
+    shapes = [tuple(value.shape[1:]) for value in values]
+    known = all(value.type == "tensor(float)" for value in values) and all(
+        isinstance(size, int) for shape in shapes for size in shape
+    )
+    if len(session.get_inputs()) != 1 or not known:
+        found = ", ".join(f"{value.name} {value.type} {value.shape}" for value in values)
         raise InputError(
-            f"{model}: --provider {provider} of {', '.join(names)} cannot run it: {one_line(error)}"
-        ) from None
-    if session.get_providers()[0] != names[provider]:
-        used = short_name(session.get_providers()[0])
-        raise InputError(f"--provider {provider}: onnxruntime took {used} instead; it has {', '.join(names)}")
-    return session
+            f"the model has {found}; expected one float input and float outputs in which only the batch is dynamic; "
+            "export it with intrada_pth2onnx.py"
+        )
+    fixed = values[0].shape[0]
+    if isinstance(fixed, int) and fixed != batch:
+        raise InputError(f"the model has a fixed batch size of {fixed}; pass --batchsize {fixed}")
+    return shapes[0], shapes[1:]
 
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def short_name(provider: str) -> str:
-    """Shorten `CUDAExecutionProvider` to `cuda`."""
-    return provider[: -len("ExecutionProvider")].lower()
+def available_providers() -> dict[str, str]:
+    """List the execution providers of this onnxruntime, `CUDAExecutionProvider` by its short name `cuda`."""
+    return {name[: -len("ExecutionProvider")].lower(): name for name in onnxruntime.get_available_providers()}
 
 
-def frame_shape(session: onnxruntime.InferenceSession, batch: int) -> tuple[int, ...]:
-    """Read the shape of one frame from the model's only input.
+def run_model(model: Model, images: np.ndarray) -> tuple[list[np.ndarray], float]:
+    """Compute the outputs of a batch, and the milliseconds that this took.
 
     Raises:
-        InputError: the model is none of intrada_pth2onnx.py's, or takes another batch size.
+        InputError: onnxruntime failed, as when memory runs out.
     """
-    inputs = session.get_inputs()
-    any_batch, *shape = inputs[0].shape
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not all(isinstance(size, int) for size in shape):
-        raise InputError(
-            f"the model takes {[(i.name, i.type, i.shape) for i in inputs]}; expected one float input "
-            "whose batch alone is dynamic; export it with intrada_pth2onnx.py"
-        )
-    if isinstance(any_batch, int) and any_batch != batch:
-        raise InputError(f"the model takes batches of {any_batch} alone; give --batchsize {any_batch}")
-    return tuple(shape)
+    start = time.perf_counter()
+    try:
+        outputs = model.session.run(None, {model.session.get_inputs()[0].name: images})
+    except Exception as error:  # onnxruntime's own exceptions share no other base
+        message = f"onnxruntime failed at --batchsize {len(images)}: {one_line(error)}; try a smaller one"
+        raise InputError(message) from None
+    return outputs, 1000 * (time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------------------------------------------- the frames
 
 
-def find_inputs(folder: Path, shape: tuple[int, ...]) -> dict[str, Path]:
-    """Find the input files of a folder, naturally sorted (2 before 10), as ais_bench does.
-
-    Returns:
-        The `.bin` or `.npy` of each stem; a stem ends at the file name's first dot.
+def find_frames(args: argparse.Namespace, model: Model, folder: Path | None) -> list[Frame]:
+    """Find the files of --input, naturally sorted (2 before 10), and name their outputs, as ais_bench does.
 
     Raises:
-        InputError: there are none, two have one stem, or one has not the size of a frame.
+        InputError: there are none, two have the same stem, or one has not the size of a frame.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; --input is what intrada_preprocess.py wrote")
-    paths = sorted((path for path in folder.iterdir() if path.suffix.lower() in (".bin", ".npy")), key=natural_key)
+    if not args.input.is_dir():
+        raise InputError(f"{args.input}: no such folder; --input is what intrada_preprocess.py wrote")
+    paths = sorted((path for path in args.input.iterdir() if path.suffix.lower() in (".bin", ".npy")), key=natural_key)
     if not paths:
-        raise InputError(f"{folder}: no .bin or .npy here; --input is what intrada_preprocess.py wrote")
-    inputs = {stem_of(path): path for path in paths}
-    if len(inputs) < len(paths):
-        twice = [path.name for path in paths if inputs[stem_of(path)] != path]
-        raise InputError(f"{folder}: {len(twice)} files would write the same results as others: {first_five(twice)}")
-    wrong = [path.name for path in paths if not holds_frame(path, shape)]
+        raise InputError(f"{args.input}: no .bin or .npy; --input is what intrada_preprocess.py wrote")
+    endings = [f"_{i}.{args.outfmt.lower()}" for i in range(len(model.output_shapes))] if folder else []
+    frames = {}
+    for path in paths:
+        stem = path.name.split(".")[0]  # where ais_bench truncates
+        if stem in frames:
+            raise InputError(f"{frames[stem].source} and {path}: their results would have the same names")
+        frames[stem] = Frame(stem, path, [folder / f"{stem}{ending}" for ending in endings])
+    wrong = [path.name for path in paths if not holds_frame(path, model.frame_shape)]
     if wrong:
-        size = 4 * int(np.prod(shape))
-        raise InputError(f"{folder}: {len(wrong)} files are not float32 {shape}, {size} bytes: {first_five(wrong)}")
-    return inputs
+        size = 4 * int(np.prod(model.frame_shape))
+        expected = f"not float32 {model.frame_shape}, {size} bytes"
+        raise InputError(f"{args.input}: {len(wrong)} of {len(paths)} files are {expected}: {first_five(wrong)}")
+    return list(frames.values())
 
 
 def holds_frame(path: Path, shape: tuple[int, ...]) -> bool:
@@ -170,90 +198,94 @@ def natural_key(path: Path) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def stem_of(path: Path) -> str:
-    return path.name.split(".")[0]
-
-
-def first_five(names: list, separator: str = ", ") -> str:
-    """Name the first five, so that a message stays one readable line."""
-    return separator.join(map(str, names[:5])) + (f"{separator}..." if len(names) > 5 else "")
+def first_five(names: list[str]) -> str:
+    """List at most five names, to keep the message on one line."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def read_group(group: list[Frame], batch: int, shape: tuple[int, ...]) -> np.ndarray:
     """Read up to `batch` frames into one array, the rest of which repeats the first."""
-    images = np.zeros((batch, *shape), np.float32)
+    images = np.empty((batch, *shape), np.float32)
     for frame, image in zip(group, images):
-        if frame.source:
-            npy = frame.source.suffix.lower() == ".npy"
-            content = np.lib.format.open_memmap(frame.source, mode="r") if npy else np.fromfile(frame.source, "<f4")
-            image[:] = content.reshape(shape)
+        npy = frame.source.suffix.lower() == ".npy"
+        content = np.lib.format.open_memmap(frame.source, mode="r") if npy else np.fromfile(frame.source, "<f4")
+        image[:] = content.reshape(shape)
     images[len(group) :] = images[0]
     return images
+
+
+def read_ahead(groups: list[list[Frame]], batch: int, shape: tuple[int, ...]) -> Iterator:
+    """Yield each group with its images, (batch, *shape) float32; the next group is read meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        reads = [reader.submit(read_group, group, batch, shape) for group in groups[:1]]
+        for n, group in enumerate(groups):
+            images = reads.pop().result()
+            reads = [reader.submit(read_group, following, batch, shape) for following in groups[n + 1 : n + 2]]
+            yield group, images
 
 
 # ---------------------------------------------------------------------------------------------------- the results
 
 
-def plan_frames(inputs: dict[str, Path], folder: Path | None, outputs: int, outfmt: str) -> list[Frame]:
-    """Name the files of each frame's outputs as ais_bench does; without a folder nothing is saved."""
-    sources = inputs or {PURE_INFERENCE_STEM: None}
-    names = [f"_{i}.{outfmt.lower()}" for i in range(outputs)] if folder else []
-    return [Frame(source, [folder / f"{stem}{name}" for name in names]) for stem, source in sources.items()]
+def prepare_folder(folder: Path, frames: list[Frame], model: Model, args: argparse.Namespace) -> None:
+    """Make the folder ready: rank 0 does, for all, once every rank has digested its share of the inputs."""
+    with ThreadPoolExecutor(count_cpus()) as pool:
+        share = list(pool.map(lambda frame: digest(frame.source), frames[RANK::RANKS]))
+    shares = gather(share)
+    if RANK == 0:
+        make_folder(folder)
+        lock_folder(folder)
+        refuse_unexpected(folder, frames)
+        inputs = {frame.stem: shares[n % RANKS][n // RANKS] for n, frame in enumerate(frames)}
+        settings = {"model": str(args.model.resolve()), "provider": args.provider, "batchsize": args.batchsize}
+        remove_outdated(folder, frames, {**settings, "model_sha256": model.sha256, "inputs": inputs}, args.overwrite)
+        if not all(is_complete(frame, model) for frame in frames):
+            json_path(folder, "summary").unlink(missing_ok=True)  # until this run writes its own
+    gather("the folder is ready")
 
 
-def prepare_folder(folder: Path, frames: list[Frame], args: argparse.Namespace) -> None:
-    """Make the folder ready for this run and note what its results are begun with.
+def remove_outdated(folder: Path, frames: list[Frame], note: dict, overwrite: bool) -> None:
+    """Remove results of another model or input, then note what the others belong to.
 
-    The note's time is the boundary: results older than it were made with something else, or are to be made anew.
+    In this order, so that at any moment all results in the folder belong to the note.
 
     Raises:
-        InputError: the folder holds what this run would not have made, or another run is writing to it.
+        InputError: the results are those of another model file, provider or batch size, and are not to be overwritten.
     """
-    make_folder(folder)
-    lock_folder(folder)
-    refuse_strangers(folder, frames)
-    note, asked = beside(folder, "model"), identity(args)
-    summary = read_note(beside(folder, "summary"))
-    made = read_note(note) if not summary or "provider" in summary else {}  # ais_bench has been here since
-    if args.input and not args.overwrite and any(target.exists() for frame in frames for target in frame.targets):
+    old = read_note(folder)
+    if not overwrite and any(target.exists() for frame in frames for target in frame.targets):
         for key in ("model", "provider", "batchsize"):
-            if made.get(key) != asked[key]:
+            if old.get(key) != note[key]:
                 raise InputError(
-                    f"{folder}: made with {key} {made.get(key, 'unknown')}, now asked for {asked[key]}; "
-                    "give another --output_dirname, or --overwrite"
+                    f"{folder}: holds results with {key} {old.get(key, 'unknown')}, now it is {note[key]}; "
+                    "pass another --output_dirname, or --overwrite"
                 )
-    if args.overwrite or made != asked:
-        write_file(note, json.dumps(asked, indent=1).encode())
+    same_model = old.get("model_sha256") == note["model_sha256"]
+    for frame in frames:
+        if overwrite or not same_model or old["inputs"].get(frame.stem) != note["inputs"][frame.stem]:
+            for target in frame.targets:
+                target.unlink(missing_ok=True)
+    write_file(json_path(folder, "model"), json.dumps(note, indent=1).encode())
 
 
-def beside(folder: Path, what: str) -> Path:
+def json_path(folder: Path, what: str) -> Path:
     """Name a JSON file beside the folder, where ais_bench puts its summary."""
     return folder.with_name(f"{folder.name}_{what}.json")
 
 
-def identity(args: argparse.Namespace) -> dict[str, str | int]:
-    """Name what results must have in common to stand in one folder."""
-    model = args.model.resolve()
-    facts = model.stat()
-    return {
-        "model": str(model),
-        "provider": args.provider,
-        "batchsize": args.batchsize,
-        "model_bytes": facts.st_size,
-        "model_mtime_ns": facts.st_mtime_ns,
-    }
-
-
-def read_note(note: Path) -> dict:
-    """Read what results were begun with; empty if nobody noted it."""
+def read_note(folder: Path) -> dict:
+    """Read what the folder's results belong to; empty if it is unknown, or if ais_bench has written there since."""
     try:
-        return dict(json.loads(note.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        note = json.loads(json_path(folder, "model").read_text(encoding="utf-8"))
+        summary = json_path(folder, "summary")
+        by_ais_bench = summary.exists() and "provider" not in json.loads(summary.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
+    return note if isinstance(note, dict) and isinstance(note.get("inputs"), dict) and not by_ais_bench else {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Hold the folder until this process ends.
+    """Lock the folder until this process ends.
 
     Raises:
         InputError: another run holds it.
@@ -261,61 +293,60 @@ def lock_folder(folder: Path) -> None:
     try:
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{folder}: another run is writing here; wait for it, or give another folder") from None
+        raise InputError(f"{folder}: another run is writing here; wait for it, or pass another folder") from None
 
 
-def choose_frames(frames: list[Frame], folder: Path | None, args: argparse.Namespace) -> list[Frame]:
-    """Choose the frames whose results are missing or out of date; zeros always."""
-    if not folder or not args.input:
-        return frames
-    begun = beside(folder, "model").stat().st_mtime_ns
-    stale = [frame for frame in frames if not is_current(frame, begun)]
-    if stale or beside(folder, "summary").exists():
-        return stale
-    return frames[-args.batchsize :]  # killed just before its summary: there is no time to report without a run
-
-
-def is_current(frame: Frame, begun: int) -> bool:
-    """Tell whether all outputs of a frame are there and none is older than its input or the note beside the folder."""
-    try:
-        made = min(target.stat().st_mtime_ns for target in frame.targets)
-    except FileNotFoundError:
-        return False
-    return made >= max(begun, frame.source.stat().st_mtime_ns)
-
-
-def refuse_strangers(folder: Path, frames: list[Frame]) -> None:
-    """Refuse a folder that holds what this run does not write: a metric would count it, or mix two formats.
+def refuse_unexpected(folder: Path, frames: list[Frame]) -> None:
+    """Refuse a folder with results that this run does not write: a metric could count them, or mix two formats.
 
     Raises:
         InputError: there is such a file.
     """
     expected = {target for frame in frames for target in frame.targets}
     present = {path for path in folder.glob("*") if path.suffix in (".bin", ".npy", ".txt")}
-    strangers = sorted(path.name for path in present - expected)
-    if strangers:
+    unexpected = sorted(path.name for path in present - expected)
+    if unexpected:
         raise InputError(
-            f"{folder}: holds {len(strangers)} results of other frames or of another --outfmt: "
-            f"{first_five(strangers)}; give another --output_dirname or remove them"
+            f"{folder}: holds results of other frames or of another --outfmt: {first_five(unexpected)}; "
+            "pass another --output_dirname or remove them"
         )
 
 
+def digest(path: Path) -> str:
+    """Compute a file's SHA-256."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def is_complete(frame: Frame, model: Model) -> bool:
+    """Tell whether all outputs of a frame are there in their full size."""
+    for target, shape in zip(frame.targets, model.output_shapes):
+        size = 4 * int(np.prod(shape)) + (NPY_HEADER if target.suffix == ".npy" else 0)
+        if not target.exists() or target.stat().st_size != size:
+            return False
+    return True
+
+
+def encode(logits: np.ndarray, target: Path) -> bytes:
+    if target.suffix == ".bin":
+        return logits.astype("<f4", copy=False).tobytes()
+    content = io.BytesIO()
+    np.save(content, logits)
+    return content.getvalue()
+
+
 def write_group(group: list[Frame], outputs: list[np.ndarray]) -> None:
-    """Write each frame's outputs; the padding's are dropped, and zeros give one file for the whole batch."""
+    """Write each frame's outputs; those of the padding are dropped."""
     for n, frame in enumerate(group):
         for target, logits in zip(frame.targets, outputs):
-            write_logits(target, logits[n] if frame.source else logits)
+            write_file(target, encode(logits[n], target))
 
 
-def write_logits(path: Path, logits: np.ndarray) -> None:
-    content = io.BytesIO()
-    if path.suffix == ".npy":
-        np.save(content, logits)
-    write_file(path, content.getvalue() or np.ascontiguousarray(logits, "<f4").data)
-
-
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write beside, then rename, so that a name always means a whole file; 0644 whatever the umask.
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside, then rename, so that a name always means a complete file; 0644 whatever the umask.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -330,7 +361,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, 0750 whatever the umask: newer ais_bench writes to no folder more open."""
+    """Make a folder and its parents, 0750 whatever the umask: the newest ais_bench rejects a more open one."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -340,51 +371,52 @@ def make_folder(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-def infer(session: onnxruntime.InferenceSession, groups: list[list[Frame]], args: argparse.Namespace) -> Run:
-    """Infer group after group; the next one is read and the last one written while the model runs."""
-    shape = frame_shape(session, args.batchsize)
-    for _ in range(args.warmup_count if groups else 0):
-        run_model(session, np.zeros((args.batchsize, *shape), np.float32))
-    compute_ms = []
-    start = time.perf_counter()
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, progress(groups) as bar:
-        upcoming = reader.submit(read_group, groups[0] if groups else [], args.batchsize, shape)
-        written = writer.submit(write_group, [], [])
-        for group, following in zip(groups, [*groups[1:], None]):
-            images = upcoming.result()
-            if following:
-                upcoming = reader.submit(read_group, following, args.batchsize, shape)
+def infer(model: Model, frames: list[Frame], args: argparse.Namespace) -> Run:
+    """Infer frames; the next group is read and the last one written while the model runs."""
+    groups = [frames[n : n + args.batchsize] for n in range(0, len(frames), args.batchsize)]
+    compute_ms, writes = [], []
+    if not groups:
+        return Run([], [], 0, args.device + LOCAL_RANK)
+    with show_progress(args.warmup_count + len(groups) * args.loop) as bar, ThreadPoolExecutor(1) as writer:
+        warm_up(model, args, bar)
+        start = time.perf_counter()
+        for group, images in read_ahead(groups, args.batchsize, model.frame_shape):
             for _ in range(args.loop):
-                before = time.perf_counter()
-                outputs = run_model(session, images)
-                compute_ms.append(1000 * (time.perf_counter() - before))
-            written.result()
-            written = writer.submit(write_group, group, outputs)
-            bar.update(len(group))
-        written.result()
-    return Run(groups, compute_ms, time.perf_counter() - start, args.device)
+                outputs, milliseconds = run_model(model, images)
+                compute_ms.append(milliseconds)
+                bar.update()
+            for write in writes:
+                write.result()
+            writes = [writer.submit(write_group, group, outputs)]
+        for write in writes:
+            write.result()
+    return Run(groups, compute_ms, time.perf_counter() - start, args.device + LOCAL_RANK)
 
 
-def run_model(session: onnxruntime.InferenceSession, images: np.ndarray) -> list[np.ndarray]:
-    """Compute the outputs of a batch.
-
-    Raises:
-        InputError: onnxruntime cannot, as when memory runs out.
-    """
-    try:
-        return session.run(None, {session.get_inputs()[0].name: images})
-    except Exception as error:  # onnxruntime's own exceptions share no other base
-        raise InputError(
-            f"onnxruntime failed at --batchsize {len(images)}: {one_line(error)}; try a smaller one"
-        ) from None
+def time_zeros(model: Model, args: argparse.Namespace) -> Run:
+    """Infer zeros --loop times, for the speed alone."""
+    images, compute_ms = np.zeros((args.batchsize, *model.frame_shape), np.float32), []
+    with show_progress(args.warmup_count + args.loop) as bar:
+        warm_up(model, args, bar)
+        start = time.perf_counter()
+        for _ in range(args.loop):
+            compute_ms.append(run_model(model, images)[1])
+            bar.update()
+    return Run([], compute_ms, time.perf_counter() - start, args.device + LOCAL_RANK)
 
 
-def progress(groups: list[list[Frame]]) -> tqdm:
-    return tqdm(total=sum(map(len, groups)), unit="frame", disable=True if RANK else None)
+def warm_up(model: Model, args: argparse.Namespace, bar: tqdm) -> None:
+    for _ in range(args.warmup_count):
+        run_model(model, np.zeros((args.batchsize, *model.frame_shape), np.float32))
+        bar.update()
 
 
-def statistics(times_ms: list[float]) -> dict[str, float]:
-    """Describe times as ais_bench does."""
+def show_progress(runs: int) -> tqdm:
+    return tqdm(total=runs, unit="batch", disable=True if RANK else None)
+
+
+def describe(times_ms: list[float]) -> dict[str, float]:
+    """Summarise times as ais_bench does."""
     return {
         "min": float(np.min(times_ms)),
         "max": float(np.max(times_ms)),
@@ -395,21 +427,20 @@ def statistics(times_ms: list[float]) -> dict[str, float]:
     }
 
 
-def summarise(runs: list[Run], args: argparse.Namespace) -> dict:
-    """Make ais_bench's summary of what all ranks inferred now, and say what ran.
+def summarise(runs: list[Run], model: Model, args: argparse.Namespace) -> dict:
+    """Make ais_bench's summary of what all ranks have just inferred, and add what ran.
 
-    `throughput` counts `session.run` alone, padding included; `end_to_end_throughput` counts the frames from the first
-    read to the last write. ONNX Runtime moves the data to a device and back inside `session.run`, so that both
-    latencies are 0.
+    `throughput` counts `session.run` alone, padding included; `end_to_end_throughput` counts frames from the first read
+    to the last write. ONNX Runtime moves the data to a device and back within `session.run`, so both latencies are 0.
     """
     compute_ms = [ms for run in runs for ms in run.compute_ms]
-    transfer = statistics([0.0] * len(compute_ms))
-    frames = sum(len(group) if group[0].source else args.batchsize for run in runs for group in run.groups) * args.loop
-    devices = [run.device for run in runs]
+    groups = [group for run in runs for group in run.groups]
+    frames = args.loop * sum(map(len, groups)) if groups else args.batchsize * len(compute_ms)
+    transfer = describe([0.0] * len(compute_ms))
     return {
-        "filesinfo": describe_files([group for run in runs for group in run.groups]),
+        "filesinfo": describe_files(groups),
         "args": sys.argv,
-        "NPU_compute_time": statistics(compute_ms),
+        "NPU_compute_time": describe(compute_ms),
         "H2D_latency": transfer,
         "D2H_latency": transfer,
         "npu_compute_time_list": compute_ms,
@@ -417,9 +448,11 @@ def summarise(runs: list[Run], args: argparse.Namespace) -> dict:
         "end_to_end_throughput": frames / max(run.elapsed_s for run in runs),
         "pid": os.getpid(),
         "model": str(args.model.resolve()),
+        "model_sha256": model.sha256,
+        "date": time.strftime("%Y-%m-%d"),
         "provider": args.provider,
         "batchsize": args.batchsize,
-        "device": devices if len(devices) > 1 else devices[0],
+        "device": [run.device for run in runs],
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,
@@ -429,22 +462,36 @@ def summarise(runs: list[Run], args: argparse.Namespace) -> dict:
 
 
 def describe_files(groups: list[list[Frame]]) -> dict[str, dict[str, list[str]]]:
-    """Say which files became which, group by group, in ais_bench's words."""
+    """List which files became which, group by group, as ais_bench does; zeros are pure_infer_data there."""
+    if not groups:
+        return {"0": {"infiles": ["pure_infer_data"], "outfiles": []}}
     return {
         str(n): {
-            "infiles": [str(frame.source or PURE_INFERENCE_STEM) for frame in group],
+            "infiles": [str(frame.source) for frame in group],
             "outfiles": [str(target) for frame in group for target in frame.targets],
         }
         for n, group in enumerate(groups)
     }
 
 
+def report(frames: list[Frame], runs: list[Run], summary: dict, args: argparse.Namespace) -> str:
+    """Describe in one line what was done, where it ran and how fast."""
+    done = sum(len(group) for run in runs for group in run.groups)
+    what = (
+        f"frames: {len(frames)} ({done} inferred, {len(frames) - done} kept)" if frames else f"zeros: {args.loop} runs"
+    )
+    line = f"provider {args.provider}, {what}"
+    if summary:
+        line += f", {summary['throughput']:.2f} frames/s computing, {summary['end_to_end_throughput']:.2f} end to end"
+    return line
+
+
 def join_ranks() -> None:
-    """Connect with torchrun's other processes, early, so that all notice when one ends."""
+    """Connect with torchrun's other processes, early, so that all notice when one fails."""
     if RANKS > 1:
         from torch import distributed
 
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", timeout=timedelta(days=7))
         atexit.register(distributed.destroy_process_group)  # or gloo's threads may abort the process as it ends
 
 
@@ -452,7 +499,7 @@ def gather(value: Any) -> list:
     """Collect every rank's value, in the order of the ranks.
 
     Raises:
-        InputError: another rank has ended.
+        InputError: another rank failed.
     """
     if RANKS == 1:
         return [value]
@@ -462,28 +509,32 @@ def gather(value: Any) -> list:
     try:
         distributed.all_gather_object(values, value)
     except RuntimeError:
-        raise InputError("another rank has ended; its message tells why") from None
+        raise InputError("another rank failed; see its message") from None
     return values
 
 
-def processors() -> int:
-    """Count the processors that this process may use, shared with the other ranks on this host."""
+def count_cpus() -> int:
+    """Count the CPUs this process may use, shared with the other ranks on this host."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, allowed // RANKS_HERE)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """Make the type of an option that is an integer."""
+
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return int(text)
+
+    return parse
 
 
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
+def provider(text: str) -> str:
+    """Read --provider; a missing one is refused before anything else is done."""
+    if text not in available_providers():
+        raise argparse.ArgumentTypeError(f"this onnxruntime has {', '.join(available_providers())}, not {text}")
+    return text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -491,63 +542,53 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Infer with ONNX Runtime on any host, with ais_bench's options, file names and summary."
     )
     add = parser.add_argument
-    add("--model", metavar="ONNX", type=Path, required=True, help="model of intrada_pth2onnx.py")
-    add("--input", metavar="DIR", type=Path, help="folder of .bin or .npy, one a frame (default: zeros)")
+    add("--model", metavar="ONNX", type=Path, required=True, help="model written by intrada_pth2onnx.py")
+    add("--input", metavar="DIR", type=Path, help="folder of .bin or .npy, one per frame (default: zeros)")
     add("--output", metavar="DIR", type=Path, help="folder for results and summary (default: nothing is saved)")
     add("--output_dirname", metavar="NAME", help="folder of the results below --output (default: date and time)")
     add("--outfmt", choices=("BIN", "NPY"), default="BIN", help="format of the results (default: %(default)s)")
-    add("--batchsize", metavar="N", type=positive, default=1, help="frames in one run (default: %(default)s)")
-    add("--loop", metavar="N", type=positive, default=1, help="runs of each batch (default: %(default)s)")
-    add("--warmup_count", metavar="N", type=natural, default=1, help="untimed runs before (default: %(default)s)")
-    add("--device", metavar="ID", type=natural, default=0, help="device of the provider (default: %(default)s)")
+    add("--batchsize", metavar="N", type=at_least(1), default=1, help="frames per run (default: %(default)s)")
+    add("--loop", metavar="N", type=at_least(1), default=1, help="runs of each batch (default: %(default)s)")
+    add("--warmup_count", metavar="N", type=at_least(0), default=1, help="untimed runs first (default: %(default)s)")
+    add("--device", metavar="ID", type=at_least(0), default=0, help="device of the provider (default: %(default)s)")
     add(
         "--provider",
         metavar="NAME",
+        type=provider,
         default="cpu",
         help="ONNX Runtime execution provider: cpu, cuda, tensorrt, openvino, cann, ... (default: %(default)s)",
     )
-    add("--threads", metavar="N", type=positive, help="threads of one run (default: one for each processor)")
-    add("--overwrite", action="store_true", help="infer all frames anew, not only what is missing or old")
+    add("--threads", metavar="N", type=at_least(1), help="threads per run (default: one per CPU)")
+    add("--overwrite", action="store_true", help="infer every frame again, not only missing or outdated ones")
     args = parser.parse_args(argv)
     if args.output_dirname and not args.output:
-        parser.error("--output_dirname goes with --output")
+        parser.error("--output_dirname needs --output")
     if args.output_dirname and (args.output_dirname in (".", "..") or "/" in args.output_dirname):
-        parser.error("--output_dirname is the name of one folder")
+        parser.error("--output_dirname must be the name of one folder")
     if args.output and not args.output_dirname and RANKS > 1:
-        parser.error("several ranks want an --output_dirname")
+        parser.error("--output_dirname is required under torchrun")
     if args.device and args.provider == "cpu":
-        parser.error("--device is for another --provider than cpu")
-    args.device += 0 if args.provider == "cpu" else int(os.environ.get("LOCAL_RANK", 0))
+        parser.error("--device needs a --provider other than cpu")
     return args
-
-
-def report(frames: list[Frame], runs: list[Run], summary: dict, folder: Path | None, provider: str) -> str:
-    """Say in one line what was done, where it ran and how fast."""
-    inferred = sum(len(group) for run in runs for group in run.groups)
-    line = f"provider {provider}: {len(frames)} frames ({inferred} inferred, {len(frames) - inferred} kept)"
-    if summary:
-        line += f", {summary['throughput']:.2f} frames/s computing, {summary['end_to_end_throughput']:.2f} end to end"
-    return line + (f", in {folder}" if folder else "")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    session = open_session(args.model, args.provider, args.device, args.threads or processors())
-    inputs = find_inputs(args.input, frame_shape(session, args.batchsize)) if args.input else {}
+    model = load_model(args)
     folder = args.output and args.output / (args.output_dirname or time.strftime("%Y_%m_%d-%H_%M_%S"))
-    frames = plan_frames(inputs, folder, len(session.get_outputs()), args.outfmt)
+    frames = find_frames(args, model, folder) if args.input else []
     join_ranks()
-    if folder and RANK == 0:
-        prepare_folder(folder, frames, args)
-    gather("the folder is ready")
-    todo = choose_frames(frames[RANK::RANKS], folder, args)
-    groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)]
-    runs = [run for run in gather(infer(session, groups, args)) if run.groups]
+    if frames and folder:
+        prepare_folder(folder, frames, model, args)
+    todo = [frame for frame in frames[RANK::RANKS] if not folder or not is_complete(frame, model)]
+    run = infer(model, todo, args) if args.input else time_zeros(model, args)
+    runs = [run for run in gather(run) if run.compute_ms]
     if RANK == 0:
-        summary = summarise(runs, args) if runs else {}
+        summary = summarise(runs, model, args) if runs else {}
         if folder and summary:
-            write_file(beside(folder, "summary"), json.dumps(summary, indent=1).encode())
-        print(report(frames, runs, summary, folder, args.provider))
+            make_folder(args.output)
+            write_file(json_path(folder, "summary"), json.dumps(summary, indent=1).encode())
+        print(report(frames, runs, summary, args) + (f", in {folder}" if frames and folder else ""))
     return 0
 
 
