@@ -1,5 +1,4 @@
-# Stand in for CANN's set_env.sh: it reads variables that may be unset, and one of its commands fails.
-export LD_LIBRARY_PATH=$ASCEND_TOOLKIT_HOME/lib64:$LD_LIBRARY_PATH
-export PYTHONPATH=$ASCEND_TOOLKIT_HOME/python/site-packages:$PYTHONPATH
-false
-export PATH=$FAKE_CANN_BIN:$PATH
+# Stand in for CANN's set_env.sh: put atc and npu-smi on PATH; like the real one it breaks under `set -u`.
+export LD_LIBRARY_PATH=/usr/local/Ascend/ascend-toolkit/latest/lib64:$LD_LIBRARY_PATH
+PATH=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../../bin" && pwd):$PATH
+export PATH

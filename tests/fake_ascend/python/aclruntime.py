@@ -1,1 +1,0 @@
-"""Stand in for the runtime that ais_bench loads."""
