@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Time each stage beside the plain way of doing it and beside its physical bound, and print one Markdown table.
+"""Time each stage against the plain way and against a lower bound of its time, and print one Markdown table.
 
-Every way is a process of its own, timed from its start to its end, imports included. The ways of a stage take turns,
-and the medians over the rounds are told. This process imports neither numpy nor torch: Linux counts the memory of the
-process that starts another one into the other's peak.
+Every way is a process of its own, timed from start to end, imports included. The ways of a stage alternate; the table
+has the medians over the rounds. This process imports neither numpy nor torch, because Linux counts the memory of the
+parent process into the peak of its child.
 
     $ python3 benchmarks/bench.py
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import filecmp
-import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,33 +21,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "numpy", "pillow", "numba", "onnxruntime", "onnx", "torch"
-FLOP_PER_FRAME = 759e9  # of the network, multiply and add counted apart
-CHECKED_FRAMES = 8  # as many pictures differ
+TINY_FRAMES = 3  # made by tests/tiny_cityscapes.py; all other frames are links to them
+HEADER = """\
+| stage | way | frames | seconds | frames/s | speed / plain | speed / lower bound | peak MB |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
 class BenchmarkError(Exception):
-    """A child failed, or two ways came to different results; told in one line, without a traceback."""
+    """A process failed, or two ways disagree; reported in one line, without a traceback."""
 
 
 class Run(NamedTuple):
-    """One child process: seconds from start to end, its peak resident memory in MB, what it printed."""
+    """One process: seconds from start to end, peak resident memory in MB, its output."""
 
     seconds: float
     peak_mb: float
-    printed: str
-
-
-# ---------------------------------------------------------------------------------------------------- running
+    output: str
 
 
 def script(name: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(HERE.parent / name), *map(str, arguments)]
+    return [sys.executable, str(ROOT / name), *map(str, arguments)]
 
 
 def way(name: str, *arguments: object) -> list[str]:
@@ -57,7 +55,7 @@ def way(name: str, *arguments: object) -> list[str]:
 
 
 def run(command: list[str]) -> Run:
-    """Run a child to its end, with the disk at rest before.
+    """Run a process to its end, with all earlier writes flushed to disk.
 
     Raises:
         BenchmarkError: it failed.
@@ -65,200 +63,143 @@ def run(command: list[str]) -> Run:
     os.sync()
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    printed = child.stdout.read()
+    output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
     child.stdout.close()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise BenchmarkError(f"{' '.join(command)}: exit status {child.returncode}: {printed.strip()[-500:]}")
-    return Run(seconds, usage.ru_maxrss * 1024 / 1e6, printed)
+        raise BenchmarkError(f"{' '.join(command)}: exit status {child.returncode}: {output.strip()[-500:]}")
+    return Run(seconds, usage.ru_maxrss * 1024 / 1e6, output)
 
 
-def run_in_turns(
-    stage: str, ways: dict[str, list[str]], rounds: int, made: dict[str, Path] | None = None
-) -> dict[str, list[Run]]:
+def run_alternating(ways: dict[str, list[str]], out: Path, rounds: int) -> dict[str, list[Run]]:
     """Run the ways of a stage one after the other, round after round.
 
-    The first way runs once more, before, uncounted: numba compiles then, and the caches of the disk fill.
+    The first way runs once more before, uncounted: numba compiles, and the disk cache fills.
 
     Args:
-        made: the folder that a way makes; it is removed before each run, so that every run is a first one.
+        out: OUT/<way> is removed before each run, so that every run writes to a new folder.
     """
+    out.mkdir()
     run(next(iter(ways.values())))
     runs = {name: [] for name in ways}
     for n in range(1, rounds + 1):
         for name, command in ways.items():
-            if made and name in made:
-                shutil.rmtree(made[name], ignore_errors=True)
+            shutil.rmtree(out / name, ignore_errors=True)
             runs[name].append(run(command))
-            print(f"{stage}, round {n}, {name}: {runs[name][-1].seconds:.2f} s", file=sys.stderr)
+            print(f"{out.name}, round {n}, {name}: {runs[name][-1].seconds:.2f} s", file=sys.stderr)
     return runs
 
 
-def summarise(stage: str, frames: int, runs: dict[str, list[Run]]) -> list[dict]:
-    """Make a row for each way of a stage; speeds are compared by their quotient, so that more than 1 is faster."""
+def format_rows(stage: str, frames: int, runs: dict[str, list[Run]]) -> list[str]:
+    """Make a table row for each way; a quotient of speeds above 1 means faster."""
     seconds = {name: median(run.seconds for run in runs[name]) for name in runs}
-    return [
-        {
-            "stage": stage,
-            "way": name,
-            "frames": frames,
-            "seconds": seconds[name],
-            "frames_per_second": frames / seconds[name],
-            "speed_by_plain": seconds["plain"] / seconds[name] if "plain" in seconds else None,
-            "speed_by_bound": seconds["bound"] / seconds[name] if "bound" in seconds else None,
-            "peak_mb": median(run.peak_mb for run in runs[name]),
-            "seconds_of_rounds": [run.seconds for run in runs[name]],
-        }
-        for name in runs
-    ]
+    rows = []
+    for name in runs:
+        quotients = [f"{seconds[x] / seconds[name]:.2f}" if x in seconds else "-" for x in ("plain", "lower bound")]
+        figures = [f"{seconds[name]:.2f}", f"{frames / seconds[name]:.2f}", *quotients]
+        peak_mb = median(run.peak_mb for run in runs[name])
+        rows.append(f"| {' | '.join([stage, name, str(frames), *figures, f'{peak_mb:.0f}'])} |")
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------------- the stages
+def link_frames(sources: list[Path], folder: Path, ending: str, frames: int) -> None:
+    """Fill a new folder with hard links to the sources, in turn."""
+    folder.mkdir(parents=True)
+    for n in range(frames):
+        os.link(sources[n % len(sources)], folder / f"tiny_000000_{n:06d}{ending}")
 
 
-def bench_preprocess(work: Path, frames: int, rounds: int) -> list[dict]:
-    data, ours, plain = work / "pictures", work / "prep", work / "prep_plain"
+def bench_preprocess(work: Path, frames: int, rounds: int) -> list[str]:
+    data, out = work / "images", work / "preprocess"
+    images = sorted(work.glob("cityscapes/leftImg8bit/val/*/*.png"))
+    link_frames(images, data / "leftImg8bit/val/tiny", "_leftImg8bit.png", frames)
     ways = {
-        "ours": script("intrada_preprocess.py", data, ours),
-        "plain": way("plain_preprocess", data, plain),
-        "bound": way("bound_preprocess", data),
+        "ours": script("intrada_preprocess.py", data, out / "ours"),
+        "plain": way("plain_preprocess", data, out / "plain"),
+        "lower bound": way("lower_bound_preprocess", data),
     }
-    runs = run_in_turns("preprocess", ways, rounds, made={"ours": ours, "plain": plain})
-    names = sorted(path.name for path in plain.iterdir())[:CHECKED_FRAMES]
-    same, differing, missing = filecmp.cmpfiles(ours, plain, names, shallow=False)
+    runs = run_alternating(ways, out, rounds)
+    names = sorted(path.name for path in (out / "plain").iterdir())[:TINY_FRAMES]
+    same, differing, missing = filecmp.cmpfiles(out / "ours", out / "plain", names, shallow=False)
     if differing or missing:
         raise BenchmarkError(f"preprocess: ours and plain differ in {', '.join(differing + missing)}")
-    print(f"preprocess: ours and plain make the same bytes of {len(same)} frames")
-    return summarise("preprocess", frames, runs)
+    print(f"preprocess: ours and plain wrote the same bytes, distinct frames: {len(same)}")
+    return format_rows("preprocess", frames, runs)
 
 
-def bench_export(work: Path, rounds: int) -> list[dict]:
-    ways = {"ours": script("intrada_pth2onnx.py", work / "random.pth", work / "random.onnx", "--skip_verify")}
-    return summarise("export", 1, run_in_turns("export", ways, rounds))
+def bench_export(work: Path, rounds: int) -> list[str]:
+    weights, model = work / "cityscapes/tiny_intrada.pth", work / "tiny.onnx"
+    ways = {"ours": script("intrada_pth2onnx.py", weights, model, "--skip_verify")}
+    return format_rows("export", 1, run_alternating(ways, work / "export", rounds))
 
 
-def bench_infer(work: Path, frames: int, rounds: int) -> tuple[list[dict], dict[str, float]]:
-    """Infer some of the preprocessed frames.
-
-    Returns:
-        The rows, and the FLOP/s of session.run, of a matrix product, and their quotient, of the last round.
-    """
-    model, inputs, results = work / "random.onnx", work / "prep_infer", work / "result"
-    inputs.mkdir()
-    made = sorted((work / "prep").glob("*.bin"))
-    for n in range(frames):
-        os.link(made[n % len(made)], inputs / f"{n:06d}.bin")
-    files = "--model", model, "--input", inputs, "--output", results, "--output_dirname", "ours"
+def bench_infer(work: Path, rounds: int) -> list[str]:
+    """Infer the tiny frames; the logits in WORK/infer/ours are the input of bench_postprocess."""
+    model, inputs, out = work / "tiny.onnx", work / "prep", work / "infer"
+    run(script("intrada_preprocess.py", work / "cityscapes", inputs))
+    files = "--model", model, "--input", inputs, "--output", out, "--output_dirname", "ours"
     ways = {
         "ours": script("intrada_infer.py", *files, "--batchsize", 1, "--warmup_count", 0, "--overwrite"),
-        "plain": way("plain_infer", model, inputs, results / "plain"),
-        "bound": way("bound_infer", model, inputs),
-        "matrix product": way("matrix_product"),
+        "plain": way("plain_infer", model, inputs, out / "plain"),
+        "lower bound": way("lower_bound_infer", model, inputs),
     }
-    runs = run_in_turns("infer", ways, rounds)
-    product = float(runs.pop("matrix product")[-1].printed)
-    network = FLOP_PER_FRAME * json.loads((results / "ours_summary.json").read_text(encoding="utf-8"))["throughput"]
-    return summarise("infer", frames, runs), {"network": network, "matrix_product": product, "share": network / product}
+    return format_rows("infer", TINY_FRAMES, run_alternating(ways, out, rounds))
 
 
-def bench_postprocess(work: Path, frames: int, rounds: int) -> list[dict]:
-    folders = work / "labels", work / "logits"
+def bench_postprocess(work: Path, frames: int, rounds: int) -> list[str]:
+    data, logits = work / "labels", work / "logits"
+    labels = sorted(work.glob("cityscapes/gtFine/val/*/*.png"))
+    link_frames(labels, data / "gtFine/val/tiny", "_gtFine_labelIds.png", frames)
+    link_frames(sorted(work.glob("infer/ours/*_1.bin")), logits, "_leftImg8bit_1.bin", frames)
     ways = {
-        "ours": script("intrada_postprocess.py", *folders),
-        "plain": way("plain_postprocess", *folders),
-        "bound": way("bound_postprocess", *folders),
+        "ours": script("intrada_postprocess.py", data, logits),
+        "plain": way("plain_postprocess", data, logits),
+        "lower bound": way("lower_bound_postprocess", data, logits),
     }
-    runs = run_in_turns("postprocess", ways, rounds)
-    ours, plain = (runs[name][-1].printed.splitlines()[-1] for name in ("ours", "plain"))
-    print(f"postprocess: {ours} of ours, {plain} of plain")
+    runs = run_alternating(ways, work / "postprocess", rounds)
+    ours, plain = (runs[name][-1].output.splitlines()[-1] for name in ("ours", "plain"))
     if ours != plain:
-        raise BenchmarkError(f"postprocess: ours comes to {ours}, plain to {plain}")
-    return summarise("postprocess", frames, runs)
+        raise BenchmarkError(f"postprocess: ours reports {ours}, plain {plain}")
+    print(f"postprocess: ours and plain report {ours}")
+    return format_rows("postprocess", frames, runs)
 
 
-# ---------------------------------------------------------------------------------------------------- reporting
-
-
-def describe_host() -> dict:
-    """Tell the date, the processor and the versions, without which no time means anything."""
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else None
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": model[1] if model else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {
-            "Python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-    }
-
-
-def format_report(report: dict) -> str:
-    """Lay the report out as Markdown."""
-    host, flops = report["host"], report["flops"]
-    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
-    lines = [
-        f"{host['date']}, {host['processor']}, {host['cores']} cores; {versions}; rounds: {report['rounds']}\n",
-        "| stage | way | frames | seconds | frames/s | speed / plain | speed / bound | peak MB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in report["rows"]:
-        by_plain, by_bound = (f"{q:.2f}" if q else "-" for q in (row["speed_by_plain"], row["speed_by_bound"]))
-        lines.append(
-            f"| {row['stage']} | {row['way']} | {row['frames']} | {row['seconds']:.2f} | "
-            f"{row['frames_per_second']:.2f} | {by_plain} | {by_bound} | {row['peak_mb']:.0f} |"
-        )
-    lines.append(
-        f"\ninfer: {flops['network'] / 1e9:.0f} GFLOP/s in session.run, {100 * flops['share']:.0f} % of the "
-        f"{flops['matrix_product'] / 1e9:.0f} GFLOP/s of a 4096 x 4096 float32 matrix product"
+def describe_host() -> str:
+    """Name the date, the CPU and the versions."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return (
+        f"{datetime.date.today()}, {cpu[1] if cpu else platform.machine()}, {len(os.sched_getaffinity(0))} cores; "
+        f"Python {platform.python_version()}, {versions}"
     )
-    return "\n".join(lines)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time each stage beside the plain way and beside its physical bound.")
+    parser = argparse.ArgumentParser(description="Time each stage against the plain way and against a lower bound.")
     add = parser.add_argument
-    add("--frames_preprocess", metavar="N", type=positive, default=96, help="pictures (default: %(default)s)")
-    add("--frames_postprocess", metavar="N", type=positive, default=240, help="labels (default: %(default)s)")
-    add("--frames_infer", metavar="N", type=positive, default=4, help="frames to infer (default: %(default)s)")
-    add("--rounds", metavar="N", type=positive, default=3, help="runs of each way (default: %(default)s)")
-    add("--work", metavar="DIR", type=Path, help="new folder to work in and to keep (default: one that is removed)")
-    add("--json", metavar="FILE", type=Path, help="write the table here too, with the seconds of every round")
-    return parser.parse_args(argv)
-
-
-def bench(work: Path, args: argparse.Namespace) -> dict:
-    """Make the input and time all stages."""
-    os.environ["NUMBA_CACHE_DIR"] = str(work / "numba")  # beside the script it may be another environment's
-    print(run(script("benchmarks/make_data.py", work, args.frames_preprocess, args.frames_postprocess)).printed, end="")
-    rows = bench_preprocess(work, args.frames_preprocess, args.rounds)
-    rows += bench_export(work, args.rounds)
-    infer_rows, flops = bench_infer(work, args.frames_infer, args.rounds)
-    rows += infer_rows + bench_postprocess(work, args.frames_postprocess, args.rounds)
-    return {"host": describe_host(), "rounds": args.rounds, "rows": rows, "flops": flops}
+    add("--frames_preprocess", metavar="N", type=int, default=96, help="images (default: %(default)s)")
+    add("--frames_postprocess", metavar="N", type=int, default=240, help="labels (default: %(default)s)")
+    add("--rounds", metavar="N", type=int, default=3, help="runs of each way (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if min(vars(args).values()) < 1:
+        parser.error("every N must be 1 or more")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.work:
-        args.work.mkdir(parents=True)
-        report = bench(args.work, args)
-    else:
-        with tempfile.TemporaryDirectory() as work:
-            report = bench(Path(work), args)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{format_report(report)}")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for the processes started here
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        os.environ["NUMBA_CACHE_DIR"] = str(work / "numba")  # compiled by this run, not by another environment
+        run(script("tests/tiny_cityscapes.py", work / "cityscapes"))
+        rows = bench_preprocess(work, args.frames_preprocess, args.rounds)
+        rows += bench_export(work, args.rounds)
+        rows += bench_infer(work, args.rounds)
+        rows += bench_postprocess(work, args.frames_postprocess, args.rounds)
+    print(f"\n{describe_host()}; rounds: {args.rounds}\n", HEADER, *rows, sep="\n")
     return 0
 
 

@@ -1,23 +1,22 @@
 #!/usr/bin/env python3
-"""Do a stage's work in the plain way, or only what no way can leave out; bench.py times these as whole processes.
+"""Do a stage's work in the plain way, or only the part that no way can avoid; bench.py times these as processes.
 
-plain_preprocess DATA_DIR SAVE_DIR        the textbook's loop, one frame after the other
-bound_preprocess DATA_DIR                 decode and resize in threads, nothing else
-plain_infer ONNX SAVE_DIR RESULT_DIR      read, run, write, one after the other
-bound_infer ONNX SAVE_DIR                 run alone, on one frame that is read before
-plain_postprocess DATA_DIR RESULT_DIR     full-size logits, argmax, bincount
-bound_postprocess DATA_DIR RESULT_DIR     read the logits and decode the labels in threads, nothing else
-matrix_product                            FLOP/s of float32 matrix products
+plain_preprocess DATA_DIR SAVE_DIR          textbook loop, one frame after the other
+lower_bound_preprocess DATA_DIR             decode and resize in threads
+plain_infer ONNX SAVE_DIR RESULT_DIR        read, run, write, one frame after the other
+lower_bound_infer ONNX SAVE_DIR             run on one frame in memory, once for each frame
+plain_postprocess DATA_DIR RESULT_DIR       full-size logits, argmax, bincount
+lower_bound_postprocess DATA_DIR RESULT_DIR read the logits and decode the labels in threads
 
-$ python3 benchmarks/ways.py plain_postprocess WORK/labels WORK/logits
-mIoU = 57.84
+$ python3 benchmarks/ways.py plain_postprocess DATA_DIR RESULT_DIR
+mIoU = 90.17
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,10 +30,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and late
 MEAN_BGR = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)
 LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 IGNORED = 255
-MATRIX_SIZE = 4096
+CORES = len(os.sched_getaffinity(0))
 
 
-def find_pictures(data_dir: Path) -> list[Path]:
+def find_images(data_dir: Path) -> list[Path]:
     return sorted(data_dir.glob("leftImg8bit/val/*/*_leftImg8bit.png"))
 
 
@@ -44,40 +43,31 @@ def find_pairs(data_dir: Path, result_dir: Path) -> list[tuple[Path, Path]]:
     return [(result_dir / label.name.replace("_gtFine_labelIds.png", "_leftImg8bit_1.bin"), label) for label in labels]
 
 
-def processors() -> int:
-    """Count the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ---------------------------------------------------------------------------------------------------- preprocess
+def run_in_threads(function: Callable, frames: list) -> None:
+    with ThreadPoolExecutor(CORES) as pool:
+        list(pool.map(function, frames))
 
 
 def plain_preprocess(data_dir: Path, save_dir: Path) -> None:
-    save_dir.mkdir(exist_ok=True)
-    for path in find_pictures(data_dir):
+    save_dir.mkdir()
+    for path in find_images(data_dir):
         image = Image.open(path).convert("RGB").resize((1024, 512), Image.BICUBIC)
         image_hwc = np.asarray(image, np.float32)
         image_hwc = image_hwc[:, :, ::-1] - MEAN_BGR
         np.ascontiguousarray(image_hwc.transpose(2, 0, 1)).tofile(save_dir / f"{path.stem}.bin")
 
 
-def bound_preprocess(data_dir: Path) -> None:
+def lower_bound_preprocess(data_dir: Path) -> None:
     def decode_and_resize(path: Path) -> None:
-        image = Image.open(path)
-        image.load()
-        image.resize((1024, 512), Image.BICUBIC)
+        Image.open(path).resize((1024, 512), Image.BICUBIC)
 
-    with ThreadPoolExecutor(processors()) as pool:
-        list(pool.map(decode_and_resize, find_pictures(data_dir)))
-
-
-# ---------------------------------------------------------------------------------------------------- infer
+    run_in_threads(decode_and_resize, find_images(data_dir))
 
 
 def plain_infer(model: Path, save_dir: Path, result_dir: Path) -> None:
     import onnxruntime
 
-    result_dir.mkdir(exist_ok=True)
+    result_dir.mkdir()
     session = onnxruntime.InferenceSession(str(model))
     for path in sorted(save_dir.glob("*.bin")):
         image = np.fromfile(path, np.float32).reshape(1, 3, 512, 1024)
@@ -85,30 +75,16 @@ def plain_infer(model: Path, save_dir: Path, result_dir: Path) -> None:
             logits.tofile(result_dir / f"{path.stem}_{i}.bin")
 
 
-def bound_infer(model: Path, save_dir: Path) -> None:
+def lower_bound_infer(model: Path, save_dir: Path) -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = processors()
+    options.intra_op_num_threads = CORES
     session = onnxruntime.InferenceSession(str(model), options)
     paths = sorted(save_dir.glob("*.bin"))
     image = np.fromfile(paths[0], np.float32).reshape(1, 3, 512, 1024)
     for _ in paths:
         session.run(None, {"image": image})
-
-
-def matrix_product() -> None:
-    """Print the FLOP/s of the fastest of three products of 4096 x 4096 float32 matrices, on all cores."""
-    left, right = np.random.default_rng(0).standard_normal((2, MATRIX_SIZE, MATRIX_SIZE), np.float32)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        np.matmul(left, right)
-        seconds.append(time.perf_counter() - start)
-    print(2 * MATRIX_SIZE**3 / min(seconds))
-
-
-# ---------------------------------------------------------------------------------------------------- postprocess
 
 
 def plain_postprocess(data_dir: Path, result_dir: Path) -> None:
@@ -130,31 +106,13 @@ def plain_postprocess(data_dir: Path, result_dir: Path) -> None:
     print(f"mIoU = {100 * np.mean(hits[union > 0] / union[union > 0]):.2f}")
 
 
-def bound_postprocess(data_dir: Path, result_dir: Path) -> None:
+def lower_bound_postprocess(data_dir: Path, result_dir: Path) -> None:
     def read(pair: tuple[Path, Path]) -> None:
         np.fromfile(pair[0], np.float32)
         np.asarray(Image.open(pair[1]))
 
-    with ThreadPoolExecutor(processors()) as pool:
-        list(pool.map(read, find_pairs(data_dir, result_dir)))
-
-
-WAYS = (
-    plain_preprocess,
-    bound_preprocess,
-    plain_infer,
-    bound_infer,
-    matrix_product,
-    plain_postprocess,
-    bound_postprocess,
-)
-
-
-def main(argv: list[str]) -> int:
-    ways = {way.__name__: way for way in WAYS}
-    ways[argv[0]](*map(Path, argv[1:]))
-    return 0
+    run_in_threads(read, find_pairs(data_dir, result_dir))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    globals()[sys.argv[1]](*map(Path, sys.argv[2:]))
