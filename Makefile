@@ -4,7 +4,7 @@ PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
 
-# What `make run` works on: nothing given, a tiny data set that it makes.
+# What `make run` works on; without DATA and WEIGHTS, a tiny data set that it makes.
 DATA     ?=
 WEIGHTS  ?=
 BS       ?= 1
@@ -17,11 +17,13 @@ STAMP   := $(VENV)/installed
 TINY    := $(OUT)/cityscapes
 ONNX    := $(OUT)/intraDA_deeplabv2.onnx
 RUN     := $(SPLIT)_$(PROVIDER)_bs$(BS)
+REPORT  := $(OUT)/report_$(RUN).html
 
 data    := $(or $(DATA),$(TINY))
 weights := $(or $(WEIGHTS),$(TINY)/tiny_intrada.pth)
+expect  := $(if $(DATA),,--expect 90.2 --tolerance 0.8)
 
-.PHONY: help setup run test browser bench lint clean
+.PHONY: help setup run test soak browser bench lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -30,24 +32,26 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the pinned packages, once
 
 $(STAMP): requirements.txt requirements-dev.txt $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS)
-	@touch $@
+	$(PYTHON) -m venv --clear $(VENV) \
+		&& $(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS) \
+		&& touch $@ || { rm -rf $(VENV); exit 1; }
 
 ifneq ($(and $(filter run,$(MAKECMDGOALS)),$(or $(and $(DATA),$(if $(WEIGHTS),,x)),$(and $(WEIGHTS),$(if $(DATA),,x)))),)
 $(error DATA= and WEIGHTS= go together)
 endif
 
 run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
+	@$(BIN)/python intrada_infer.py --provider $(PROVIDER) --help > /dev/null  # refuses a missing provider at once
 	@mkdir -p "$(OUT)"
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(OUT)/prep_$(SPLIT)" --split $(SPLIT)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
 	$(BIN)/python intrada_infer.py --model "$(ONNX)" --input "$(OUT)/prep_$(SPLIT)" --output "$(OUT)/result" \
 		--output_dirname $(RUN) --batchsize $(BS) --provider $(PROVIDER)
 	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" --split $(SPLIT) --json "$(OUT)/metrics_$(RUN).json" \
-		--save_labels "$(OUT)/labels_$(RUN)"
+		--save_labels "$(OUT)/labels_$(RUN)" $(expect)
 	$(BIN)/python intrada_report.py "$(OUT)/metrics_$(RUN).json" --labels "$(OUT)/labels_$(RUN)" --data "$(data)" \
-		--perf "$(OUT)/result/$(RUN)_summary.json" --output "$(OUT)/report_$(RUN).html"
+		--perf "$(OUT)/result/$(RUN)_summary.json" --output "$(REPORT)"
+	@echo "report: file://$$(realpath "$(REPORT)")"
 
 $(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py intrada_pth2onnx.py | $(STAMP)
 	$(BIN)/python tests/tiny_cityscapes.py "$(TINY)"
@@ -55,7 +59,10 @@ $(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py intrada_pth2onnx.py | $(STAMP
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
-browser:  ## install Debian's Chromium, in which a test opens the report (as root)
+soak: $(STAMP)  ## damage and kill at random, for minutes
+	SOAK=1 $(BIN)/python -m pytest tests/test_damage.py
+
+browser:  ## install Debian's Chromium, in which the tests open the report (as root)
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
@@ -67,5 +74,6 @@ lint: $(STAMP)  ## check style and shell scripts
 bench: $(STAMP)  ## time each stage beside the plain way
 	$(BIN)/python benchmarks/bench.py
 
-clean:  ## remove what the targets above made, the .venv too
-	rm -rf .venv .venv-oldest out .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__
+clean:  ## remove .venv, caches and the tiny data set's output; what DATA= made stays
+	rm -rf .venv .venv-oldest out/tiny .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__
+	@rmdir out 2>/dev/null || true

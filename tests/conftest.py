@@ -1,10 +1,11 @@
-"""The README's commands, run once for all tests that look at what they leave."""
+"""README.md's commands, run once for all tests that look at what they leave."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,43 +15,51 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the tests import onnxrunt
 
 from support import ROOT, ascend_environment
 
-MARK = "--- what the next command prints ---"
+MARK = "--- what the next block prints ---"
 
 
 class Walk(NamedTuple):
-    """A walk through README.md: where its files lie, and the commands with what is promised and what they print."""
+    """A walk through README.md: its folder, and of each block the commands, the output shown and the output printed."""
 
     folder: Path
     commands: list[str]
-    promised: list[str]
+    shown: list[str | None]
     printed: list[str]
 
 
-def read_commands(text: str) -> tuple[list[str], list[str]]:
-    """Find the commands in console blocks (after `$ `, joined by a backslash at the end) and their output."""
-    commands, promised = [], []
-    for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, output = re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*\n)(.*)", part, re.DOTALL).groups()
-            commands.append(command)
-            promised.append(output)
-    return commands, promised
+def read_blocks(text: str) -> list[tuple[str, str | None]]:
+    """Find the bash blocks, each with the text block that follows; the quick starts last, since they need a model."""
+    found = re.findall(r"^```bash\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL)
+    first = next(n for n, (commands, _) in enumerate(found) if commands.startswith("DATA_DIR="))
+    return found[first:] + found[:first]
 
 
 @pytest.fixture(scope="session")
 def walk(tmp_path_factory) -> Walk:
-    """Run every command of the README in a folder with the project's files; an Ascend host's tools are stand-ins."""
-    folder = tmp_path_factory.mktemp("walk")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "tests"]:
+    """Run README.md in a folder with the project's files and the tiny data set; an Ascend host's tools are stand-ins.
+
+    pip3 installs nothing, and make only plans.
+    """
+    folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.txt"), ROOT / "Makefile", ROOT / "tests"]:
         (folder / path.name).symlink_to(path)
-    commands, promised = read_commands((ROOT / "README.md").read_text(encoding="utf-8"))
-    script = "".join(f"echo '{MARK}'\n{command}" for command in commands)
-    environment = ascend_environment(FAKE_AIS_BENCH_KNOWN="result/result_bs1")
-    done = subprocess.run(["bash", "-euc", script], cwd=folder, env=environment, capture_output=True, text=True)
+    for name, command in {"pip3": 'test -f "$3"', "make": '/usr/bin/make -n "$@" > /dev/null'}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tools / name).chmod(0o755)
+    subprocess.run([sys.executable, ROOT / "tests" / "tiny_cityscapes.py", folder / "cityscapes"], check=True)
+    (folder / "cityscapes_easy2hard_intrada_with_norm.pth").symlink_to("cityscapes/tiny_intrada.pth")
+
+    blocks = read_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    environment = ascend_environment(FAKE_AIS_BENCH_KNOWN="result_onnx/result_bs1", LD_LIBRARY_PATH="")
+    environment["PATH"] = f"{tools}:{environment['PATH']}"
+    script = "".join(f"echo '{MARK}'\n{commands}" for commands, _ in blocks)
+    script = script.replace("/data/cityscapes", "cityscapes")
+    script = script.replace("/usr/local/Ascend", str(ROOT / "tests" / "fake_ascend" / "home" / "Ascend"))
+    done = subprocess.run(["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Walk(folder, commands, promised, done.stdout.split(f"{MARK}\n")[1:])
+    return Walk(folder, *map(list, zip(*blocks)), done.stdout.split(f"{MARK}\n")[1:])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the README, whose walk takes longest, so that the other processes of pytest-xdist work beside it."""
+    """Begin with the README, whose walk takes longest, so that pytest-xdist's other process works meanwhile."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")

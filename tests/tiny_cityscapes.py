@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make a tiny made-up dataset in Cityscapes' layout and a checkpoint that segments it.
+"""Make a tiny synthetic data set in Cityscapes' layout and a checkpoint that segments it.
 
     OUT/leftImg8bit/val/<city>/<frame>_leftImg8bit.png   RGB, 2048 x 1024, three drawn street scenes in two cities
     OUT/gtFine/val/<city>/<frame>_gtFine_labelIds.png    uint8, 2048 x 1024, all 19 classes and some ignored ids
     OUT/tiny_intrada.pth                                 state dict of DeepLabV2, 640 tensors, FP32, about 180 MB
 
 The checkpoint is a random network whose two heads are fitted to these three frames. It shows that the stages fit
-together, since a mistake in one of them lowers the mIoU; on any other picture it means nothing.
+together, since a mistake in one of them lowers the mIoU; on any other image it means nothing.
 
     $ python3 tests/tiny_cityscapes.py OUT
     OUT: 3 frames, 19 classes, checkpoint tiny_intrada.pth
@@ -73,7 +73,7 @@ class Part(NamedTuple):
     """
 
     label: str
-    colour: str
+    color: str
     x: float
     y: float
     z: float
@@ -94,24 +94,24 @@ def make_person(label: str, coat: str, foot: float) -> list[Part]:
     ]
 
 
-def make_two_wheeler(label: str, colour: str, spokes: str, tank: float) -> list[Part]:
+def make_two_wheeler(label: str, color: str, spokes: str, tank: float) -> list[Part]:
     """Build a bicycle or a motorcycle, which differ in what is between the wheels."""
-    rings = ("#18181c", 0.8, 0), (spokes, 0.62, 0.09), (colour, 0.2, 0.3)
+    rings = ("#18181c", 0.8, 0), (spokes, 0.62, 0.09), (color, 0.2, 0.3)
     return [
         *(Part(label, ring, x, y, 0, size, size, 0, 24) for x in (-0.65, 0.65) for ring, size, y in rings),
-        Part(label, colour, 0, 0.4, 0, 1.2, 0.14),
-        Part(label, colour, 0, 0.3, 0, 1.0, 0.7, 0, 3),
-        Part(label, colour, -0.1, 0.6, 0, 0.9, tank),
-        Part(label, colour, -0.55, 0.4, 0, 0.16, 0.65),
+        Part(label, color, 0, 0.4, 0, 1.2, 0.14),
+        Part(label, color, 0, 0.3, 0, 1.0, 0.7, 0, 3),
+        Part(label, color, -0.1, 0.6, 0, 0.9, tank),
+        Part(label, color, -0.55, 0.4, 0, 0.16, 0.65),
         Part(label, "#18181c", -0.5, 0.98, 0, 0.45, 0.14),
         Part(label, "#18181c", 0.4, 0.85, 0, 0.5, 0.16),
     ]
 
 
-def make_long_vehicle(label: str, colour: str, height: float, depth: float) -> list[Part]:
+def make_long_vehicle(label: str, color: str, height: float, depth: float) -> list[Part]:
     """Build a bus or a tram, which shows its face, and on its side a row of windows and wheels."""
     return [
-        Part(label, colour, 0, 0.3, 0, 2.6, height - 0.3, depth),
+        Part(label, color, 0, 0.3, 0, 2.6, height - 0.3, depth),
         Part(label, "#f2ead8", -1.3, 0.3, 0, 0, 0.5, depth),
         *(Part(label, "#28384a", -1.3, 1.5, z + 0.3, 0, 1.0, 1.6) for z in range(0, int(depth), 2)),
         *(Part(label, "#18181c", -1.3, 0, z * depth, 0, 0.8, 0.9, 24) for z in (0.1, 0.7)),
@@ -145,7 +145,7 @@ HOUSES = [
 ]  # fmt: skip
 
 OBJECTS = {
-    #        class            colour       x     y     z     width height depth corners
+    #        class            color       x     y     z     width height depth corners
     "sky": [
         Part("sky", f"rgb({60 + row // 4},{132 + row // 6},{200 + row // 9})", 0, HORIZON - row - 10, 0, 2100, 12)
         for row in range(0, HORIZON, 10)
@@ -292,15 +292,15 @@ def find_faces(part: Part, x: float, z: float) -> Iterator[tuple[np.ndarray, flo
 
 
 class Canvas:
-    """A picture, (1024, 2048, 3) RGB, and its labelIds, (1024, 2048), both uint8, that are only painted together."""
+    """An image, (1024, 2048, 3) RGB, and its labelIds, (1024, 2048), both uint8, that are only painted together."""
 
     def __init__(self, grains: dict[str, np.ndarray]) -> None:
         self.grains = grains
-        self.picture_hwc = np.zeros((FRAME_HEIGHT, FRAME_WIDTH, 3), np.uint8)
+        self.frame_hwc = np.zeros((FRAME_HEIGHT, FRAME_WIDTH, 3), np.uint8)
         self.label = np.zeros((FRAME_HEIGHT, FRAME_WIDTH), np.uint8)
 
-    def paint(self, label: str, corners_xyz: np.ndarray, colour: np.ndarray) -> None:
-        """Fill a polygon, given in metres, with a class, its grain and a colour."""
+    def paint(self, label: str, corners_xyz: np.ndarray, color: np.ndarray) -> None:
+        """Fill a polygon, given in metres, with a class, its grain and a color."""
         x, y, z = corners_xyz.T
         points = np.stack([FRAME_WIDTH / 2 + FOCAL * x / z, HORIZON + FOCAL * (EYE - y) / z], axis=1)
         left, top = np.clip(points.min(axis=0), 0, (FRAME_WIDTH, FRAME_HEIGHT)).astype(int)
@@ -308,8 +308,8 @@ class Canvas:
         mask = Image.new("1", (right - left, bottom - top))
         ImageDraw.Draw(mask).polygon([tuple(point) for point in (points - (left, top)).tolist()], fill=1)
         window, inside = (slice(top, bottom), slice(left, right)), np.asarray(mask)
-        shades = self.grains[label][window][inside][:, None] + colour
-        self.picture_hwc[window][inside] = np.clip(shades, 0, 255)
+        shades = self.grains[label][window][inside][:, None] + color
+        self.frame_hwc[window][inside] = np.clip(shades, 0, 255)
         self.label[window][inside] = CLASSES[label][0]
 
 
@@ -328,28 +328,28 @@ def draw_scenes() -> dict[str, Canvas]:
         for name, x, z in [*SCENES[frame], ("own car", 0, 0)]:
             for part in OBJECTS[name]:
                 for corners_xyz, brightness in find_faces(part, x, z):
-                    canvas.paint(part.label, corners_xyz, brightness * np.array(ImageColor.getrgb(part.colour)))
+                    canvas.paint(part.label, corners_xyz, brightness * np.array(ImageColor.getrgb(part.color)))
     return canvases
 
 
 def write_frame(out: Path, frame: str, canvas: Canvas) -> None:
     city = frame.split("_")[0]
-    picture = out / "leftImg8bit" / "val" / city / f"{frame}_leftImg8bit.png"
+    image = out / "leftImg8bit" / "val" / city / f"{frame}_leftImg8bit.png"
     label = out / "gtFine" / "val" / city / f"{frame}_gtFine_labelIds.png"
-    for path, pixels in ((picture, canvas.picture_hwc), (label, canvas.label)):
+    for path, pixels in ((image, canvas.frame_hwc), (label, canvas.label)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
 
 
-def preprocess(picture_hwc: np.ndarray) -> torch.Tensor:
-    """Turn a picture into the network's input, (3, 512, 1024) float32, BGR minus mean."""
-    resized = Image.fromarray(picture_hwc).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+def preprocess(frame_hwc: np.ndarray) -> torch.Tensor:
+    """Turn an image into the network's input, (3, 512, 1024) float32, BGR minus mean."""
+    resized = Image.fromarray(frame_hwc).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     image_hwc = np.asarray(resized, np.float32)[:, :, ::-1] - np.array(MEAN_BGR, np.float32)
     return torch.from_numpy(image_hwc).permute(2, 0, 1)
 
 
 def make_network() -> DeepLabV2:
-    """Build the network with random weights and quiet residual branches, so that colour and place get through."""
+    """Build the network with random weights and quiet residual branches, so that color and place get through."""
     network, generator = DeepLabV2().train(), torch.Generator().manual_seed(SEED)
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -420,7 +420,7 @@ def write_checkpoint(network: DeepLabV2, path: Path) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Make a tiny made-up dataset in Cityscapes' layout and a checkpoint that segments it."
+        description="Make a tiny synthetic data set in Cityscapes' layout and a checkpoint that segments it."
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
     return parser.parse_args(argv)
@@ -432,10 +432,14 @@ def main(argv: list[str] | None = None) -> int:
     canvases = draw_scenes()
     for frame, canvas in canvases.items():
         write_frame(args.out, frame, canvas)
-    images = torch.stack([preprocess(canvas.picture_hwc) for canvas in canvases.values()])
+    images = torch.stack([preprocess(canvas.frame_hwc) for canvas in canvases.values()])
     images = images.contiguous(memory_format=torch.channels_last)  # saves a quarter of the time
     truths = torch.stack([make_truth(canvas.label) for canvas in canvases.values()])
 
+    print(
+        "fitting both heads of a random network to these frames, which takes half a minute on two cores",
+        file=sys.stderr,
+    )
     network = make_network()
     auxiliary_features, main_features = compute_features(network, images)
     fit_head(network.layer5, auxiliary_features, truths, balance=0.25)  # worse on purpose, to tell the two apart
