@@ -5,12 +5,12 @@ VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
 
 # What `make run` works on; without DATA and WEIGHTS, a tiny data set that it makes.
-DATA     ?=
-WEIGHTS  ?=
-BS       ?= 1
-PROVIDER ?= cpu
-SPLIT    ?= val
-OUT      ?= $(if $(DATA),out,out/tiny)
+DATA     :=
+WEIGHTS  :=
+BS       := 1
+PROVIDER := cpu
+SPLIT    := val
+OUT      := $(if $(DATA),out,out/tiny)
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
@@ -32,9 +32,10 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the pinned packages, once
 
 $(STAMP): requirements.txt requirements-dev.txt $(CONSTRAINTS)
-	$(PYTHON) -m venv --clear $(VENV) \
-		&& $(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS) \
-		&& touch $@ || { rm -rf $(VENV); exit 1; }
+	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS) \
+		|| { test -f $@ || rm -rf $(VENV); exit 1; }
+	@touch $@
 
 ifneq ($(and $(filter run,$(MAKECMDGOALS)),$(or $(and $(DATA),$(if $(WEIGHTS),,x)),$(and $(WEIGHTS),$(if $(DATA),,x)))),)
 $(error DATA= and WEIGHTS= go together)
@@ -60,7 +61,7 @@ test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
 soak: $(STAMP)  ## damage and kill at random, for minutes
-	SOAK=1 $(BIN)/python -m pytest tests/test_damage.py
+	SOAK=1 $(BIN)/python -m pytest -rP tests/test_damage.py
 
 browser:  ## install Debian's Chromium, in which the tests open the report (as root)
 	apt-get update -qq

@@ -7,12 +7,12 @@
 #   --output_dir DIR    folder for the .om files (default: the current one)
 #   --overwrite         convert every batch size again, not only missing or outdated ones
 #   --dry_run           print the commands and run none
-#   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode_v2=mixed_float16
+#   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode_v2=mixed_float16; always converts again
 set -Eeuo pipefail
 umask 022 # newer ais_bench rejects group-writable models
 
-die() { echo "atc_convert.sh: error: $*" >&2 && exit 1; }
-usage() { echo "atc_convert.sh: error: $*; see --help" >&2 && exit 2; }
+die() { echo "atc_convert.sh: error: $*" >&2; exit 1; }
+usage() { echo "atc_convert.sh: error: $*; see --help" >&2; exit 2; }
 show() { printf '%q ' "$@" | sed 's/\\\([,:=]\)/\1/g; s/ $/\n/'; } # so that it can be pasted
 
 parse_args() {
@@ -51,17 +51,20 @@ main() {
     command=(atc "--model=$onnx" --framework=5 "--output=${om%.om}" --input_format=NCHW
       "--input_shape=image:$bs,3,512,1024" --log=error "--soc_version=Ascend${soc_version#Ascend}"
       ${atc_options[@]+"${atc_options[@]}"})
-    if [[ ! $dry_run && ! $overwrite && -f $om && $(stat -c %y "$om") = "$(stat -Lc %y "$onnx")" ]]; then
+    if [[ ! $dry_run$overwrite${atc_options[*]-} && -f $om && $(stat -c %y "$om") = "$(stat -Lc %y "$onnx")" ]]; then
       summary+=("bs $bs: kept $om")
-    elif show "${command[@]}" && [[ ! $dry_run ]]; then
-      rm -f "$om" # or one of an earlier run would pass for this one's
-      if "${command[@]}" >&2 && [[ -f $om ]]; then
-        touch -r "$onnx" "$om" # equal times mean: finished, and from this ONNX
-        summary+=("bs $bs: made $om")
-      else
-        rm -f "$om"
-        failed=1 summary+=("bs $bs: FAILED; see atc's messages above and README.md, Troubleshooting")
-      fi
+      continue
+    fi
+    show "${command[@]}"
+    [[ ! $dry_run ]] || continue
+    rm -f "$om" # or one of an earlier run would pass for this one's
+    if "${command[@]}" >&2 && [[ -f $om ]]; then
+      # equal times mean: finished, from this ONNX, without further options
+      [[ ${atc_options[*]-} ]] || touch -r "$onnx" "$om"
+      summary+=("bs $bs: made $om")
+    else
+      rm -f "$om"
+      failed=1 summary+=("bs $bs: FAILED; see atc's messages above and README.md, Troubleshooting")
     fi
   done
   ((!${#summary[@]})) || printf '%s\n' "${summary[@]}"

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ class InputError(Exception):
 
 
 class StepError(Exception):
-    """Why a batch size has no figures; the others go on."""
+    """Why a batch size has no figures; the other batch sizes still run."""
 
 
 # ---------------------------------------------------------------------------------------------------- the commands
@@ -48,32 +47,32 @@ def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[s
 
     ais_bench for an `.om` and intrada_infer.py for an `.onnx` take the same options.
     """
-    if args.model.endswith(".onnx"):
-        start = [python(), script_path("intrada_infer.py"), "--model", args.model, "--provider", args.provider]
+    if is_onnx(args):
+        start = [sys.executable, script_path("intrada_infer.py"), "--model", args.model, "--provider", args.provider]
     else:
-        start = [python(), "-m", "ais_bench", "--model", model_path(args.model, batch_size)]
+        start = [sys.executable, "-m", "ais_bench", "--model", model_path(args.model, batch_size)]
     start += ["--device", args.device, "--batchsize", str(batch_size)]
-    result, metrics = RESULT / f"result_bs{batch_size}", RESULT / f"metrics_bs{batch_size}.json"
+    result = RESULT / f"result_bs{batch_size}"
     commands = {}
     if args.input:  # first, since it refuses what does not fit
         commands["infer"] = [*start, "--input", args.input, "--output", str(RESULT), "--output_dirname", result.name]
     if args.data:
-        commands["score"] = [python(), script_path("intrada_postprocess.py"), args.data, str(result)]
-        commands["score"] += ["--json", str(metrics)]
+        commands["score"] = [sys.executable, script_path("intrada_postprocess.py"), args.data, str(result)]
+        commands["score"] += ["--json", str(metrics_path(batch_size))]
     commands["speed"] = [*start, "--loop", str(args.loop), "--output", str(PERF), "--output_dirname", f"bs{batch_size}"]
     return commands
 
 
+def metrics_path(batch_size: int) -> Path:
+    return RESULT / f"metrics_bs{batch_size}.json"
+
+
+def is_onnx(args: argparse.Namespace) -> bool:
+    return args.model.endswith(".onnx")
+
+
 def model_path(model: str, batch_size: int) -> str:
     return model if model.endswith(".onnx") else f"{model}_bs{batch_size}.om"
-
-
-def python() -> str:
-    """Name the running interpreter as a user would type it."""
-    found, here = shutil.which("python3"), Path(sys.executable)
-    # a virtual environment's is a link to the one outside of it, so the folder must be the same too
-    same = found and Path(found).samefile(str(here)) and Path(found).parent.samefile(str(here.parent))
-    return "python3" if same else sys.executable
 
 
 def script_path(script: str) -> str:
@@ -112,10 +111,10 @@ def check_before_run(args: argparse.Namespace) -> list[str]:
     models = dict.fromkeys(model_path(args.model, batch_size) for batch_size in args.batch_sizes)
     missing = [path for path in models if not Path(path).is_file()]
     if missing:
-        maker = "intrada_pth2onnx.py" if args.model.endswith(".onnx") else "atc_convert.sh"
+        maker = "intrada_pth2onnx.py" if is_onnx(args) else "atc_convert.sh"
         raise InputError(f"{first_five(missing)}: no such file; make it with {maker}")
-    if not args.model.endswith(".onnx") and not importlib.util.find_spec("ais_bench"):
-        raise InputError(f"{python()} has no ais_bench; install it as README.md says")
+    if not is_onnx(args) and not importlib.util.find_spec("ais_bench"):
+        raise InputError(f"{sys.executable} has no ais_bench; install it as README.md says")
     if args.data and not Path(args.data, "gtFine").is_dir():
         raise InputError(f"{args.data}: no gtFine/; --data is the Cityscapes folder")
     inputs = Path(args.input).glob("*") if args.input else []
@@ -123,13 +122,6 @@ def check_before_run(args: argparse.Namespace) -> list[str]:
     if args.input and not stems:
         raise InputError(f"{args.input}: no .bin or .npy; --input is what intrada_preprocess.py wrote")
     return sorted(stems)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, 0750 whatever the umask: the newest ais_bench rejects a more open one."""
-    if not path.is_dir():
-        path.mkdir()
-        path.chmod(0o750)
 
 
 def first_five(names: list[str]) -> str:
@@ -147,17 +139,18 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
         A table row: figures by column, and where something went wrong `failure`.
     """
     row = {"batch size": batch_size, "on 310P3": PUBLISHED_FPS.get(batch_size)}
-    onnx, result, perf = args.model.endswith(".onnx"), RESULT / f"result_bs{batch_size}", PERF / f"bs{batch_size}"
+    result, perf = RESULT / f"result_bs{batch_size}", PERF / f"bs{batch_size}"
     try:
         if "infer" in commands:
-            if not onnx:  # intrada_infer.py itself removes what is outdated
+            if not is_onnx(args):  # intrada_infer.py itself removes what is outdated
                 remove_results(result, stems)
             seconds = run_command(commands["infer"])
             check_results(result, stems)
-            row.update({"frames": len(stems), "end to end": read_end_to_end(result) if onnx else len(stems) / seconds})
+            row["frames"] = len(stems)
+            row["end to end"] = read_end_to_end(result, len(stems)) if is_onnx(args) else len(stems) / seconds
         if "score" in commands:
             run_command(commands["score"])
-            row["mIoU %"] = 100 * json.loads(Path(commands["score"][-1]).read_text(encoding="utf-8"))["miou"]
+            row["mIoU %"] = 100 * json.loads(metrics_path(batch_size).read_text(encoding="utf-8"))["miou"]
         remove_summaries(perf)
         run_command(commands["speed"])
         row.update(read_speed(perf, devices=len(args.device.split(","))))
@@ -183,7 +176,7 @@ def remove_results(folder: Path, stems: list[str]) -> None:
 
 
 def check_results(folder: Path, stems: list[str]) -> None:
-    """Check that every frame has both outputs; ais_bench's exit status does not tell.
+    """Check that every frame has both outputs; ais_bench's exit status does not show it.
 
     Raises:
         StepError: counts and names the frames that lack one.
@@ -233,10 +226,12 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
         raise StepError(f"{first_five(list(map(str, paths)))}: not a complete summary: {error!r}") from None
 
 
-def read_end_to_end(result: Path) -> float | None:
-    """Read intrada_infer.py's own figure; None if all results were kept and it inferred nothing."""
+def read_end_to_end(result: Path, frames: int) -> float | None:
+    """Read intrada_infer.py's own figure; None if its last run did not infer all frames, as after a restart."""
     path = json_path(result, "summary")
-    return json.loads(path.read_text(encoding="utf-8"))["end_to_end_throughput"] if path.is_file() else None
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"filesinfo": {}}
+    inferred = sum(len(group["infiles"]) for group in summary["filesinfo"].values())
+    return summary["end_to_end_throughput"] if inferred == frames else None
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
@@ -272,27 +267,27 @@ def report(rows: list[dict], markdown: Path | None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename, so that the name always means a complete file; a device or pipe is written to.
+    """Write beside, then rename, so that the name always means a complete file; a link, device or pipe is written to.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
     """
-    path = path.resolve() if path.is_file() else path  # a link stays
-    part = path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.{os.getpid()}.part")
+    in_place = path.exists() and (path.is_symlink() or not path.is_file())
+    part = path if in_place else path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
-        if part != path:
+        if not in_place:
             os.replace(str(part), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        if part != path and part.exists():
+        if not in_place and part.exists():
             part.unlink()
 
 
 def at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be an integer, 1 or more")
     return int(text)
 
 
@@ -332,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     stems = check_before_run(args)
     for folder in (PERF, RESULT):
-        make_folder(folder)
+        folder.mkdir(mode=0o750, exist_ok=True)  # the newest ais_bench rejects a more open one
     rows = []
     try:
         for batch_size, commands in plans.items():

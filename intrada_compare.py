@@ -29,6 +29,9 @@ LOGITS_SIZE = 19 * 65 * 129
 # Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer, Computation Accuracy Evaluation Indicators.
 LEAST_COSINE, LARGEST_DISTANCE = 0.99, 0.05
 
+# Which of the frames' values is the worst.
+WORST = {"cosine": min, "relative_distance": max, "largest_difference": max, "agreement": min}
+
 
 class InputError(Exception):
     """A mistake the user can fix; reported in one line, without a traceback."""
@@ -41,7 +44,8 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Pa
         Both files of each `<frame>_<output>`, sorted by name.
 
     Raises:
-        InputError: it is the same folder, there are no files, or one of them has files that the other has not.
+        InputError: it is the same folder, there are no files, one of them has files that the other has not, or a frame
+            lacks an output in both.
     """
     results, baselines = find_logits(result_dir), find_logits(baseline_dir)
     if result_dir.samefile(baseline_dir):
@@ -49,6 +53,10 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Pa
     for folder, extra in ((result_dir, results.keys() - baselines), (baseline_dir, baselines.keys() - results)):
         if extra:
             raise InputError(f"only {folder} has {len(extra)} of the results: {first_five(sorted(extra))}")
+    frames, outputs = ({name.rpartition("_")[n] for name in results} for n in (0, 2))
+    missing = {f"{frame}_{output}" for frame in frames for output in outputs} - results.keys()
+    if missing:
+        raise InputError(f"both folders lack {len(missing)} of the results: {first_five(sorted(missing))}")
     return {name: (results[name], baselines[name]) for name in sorted(results)}
 
 
@@ -78,7 +86,7 @@ def first_five(names: list[str]) -> str:
 
 
 def read_logits(path: Path) -> np.ndarray:
-    """Read (19, 65, 129) logits as float64; a `.bin` has no header, so its size tells float32 from float16.
+    """Read (19, 65, 129) logits as float64; a `.bin` has no header, so its size distinguishes float32 and float16.
 
     Raises:
         InputError: another size or type, or values that are NaN or Inf.
@@ -92,7 +100,7 @@ def read_logits(path: Path) -> np.ndarray:
     else:
         try:
             logits = np.lib.format.open_memmap(str(path), mode="r")
-        except (ValueError, EOFError) as error:
+        except Exception as error:  # numpy raises many kinds for a damaged header
             raise InputError(f"{path}: not a complete .npy: {error}") from None
         if logits.shape not in (LOGITS_SHAPE, (1, *LOGITS_SHAPE)) or logits.dtype not in (np.float32, np.float16):
             raise InputError(f"{path}: {logits.dtype} {logits.shape}; {expected}; infer this frame again")
@@ -124,16 +132,16 @@ def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
 
 
 def summarise(measured: dict[str, dict[str, float]]) -> dict[str, dict]:
-    """Find the worst frame and the mean of every measure, output by output; distances are worst at their largest."""
+    """Find the worst frame and the mean of every measure, output by output."""
     outputs: dict[str, dict] = {}
     for output in sorted({name.rpartition("_")[2] for name in measured}, key=int):
         frames = [name for name in measured if name.rpartition("_")[2] == output]
         outputs[output] = {}
-        for measure in measured[frames[0]]:
-            values = {name.rpartition("_")[0]: measured[name][measure] for name in frames}
-            worst = (max if measure.endswith(("distance", "difference")) else min)(values, key=values.__getitem__)
+        for key, find_worst in WORST.items():
+            values = {name.rpartition("_")[0]: measured[name][key] for name in frames}
+            worst = find_worst(values, key=values.__getitem__)
             mean = float(np.mean(list(values.values())))
-            outputs[output][measure] = {"worst": values[worst], "mean": mean, "worst_frame": worst}
+            outputs[output][key] = {"worst": values[worst], "mean": mean, "worst_frame": worst}
     return outputs
 
 
@@ -142,9 +150,9 @@ def find_failures(outputs: dict[str, dict]) -> list[str]:
     failures = []
     for output, stats in outputs.items():
         cosine, distance = stats["cosine"], stats["relative_distance"]
-        if not cosine["worst"] >= LEAST_COSINE:
+        if cosine["worst"] < LEAST_COSINE:
             failures.append(f"output {output}: cosine similarity {cosine['worst']:.6g} at {cosine['worst_frame']}")
-        if not distance["worst"] <= LARGEST_DISTANCE:
+        if distance["worst"] > LARGEST_DISTANCE:
             failures.append(f"output {output}: relative distance {distance['worst']:.6g} at {distance['worst_frame']}")
     return failures
 
@@ -162,21 +170,21 @@ def format_report(frames: int, outputs: dict[str, dict], failures: list[str]) ->
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write beside, then rename, so that the name always means a complete file; a device or pipe is written to.
+    """Write beside, then rename, so that the name always means a complete file; a link, device or pipe is written to.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
     """
-    path = path.resolve() if path.is_file() else path  # a link, as /dev/stdout is, stays
-    part = path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.{os.getpid()}.part")
+    in_place = path.exists() and (path.is_symlink() or not path.is_file())
+    part = path if in_place else path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        if part != path:
+        if not in_place:
             os.replace(str(part), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        if part != path and part.exists():
+        if not in_place and part.exists():
             part.unlink()
 
 

@@ -43,9 +43,11 @@ from tqdm import tqdm
 NPY_HEADER = 128  # bytes
 
 # Set by torchrun; without it this is the only process.
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ["RANK"]) if RANKS > 1 else 0
-LOCAL_RANK, RANKS_HERE = (int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])) if RANKS > 1 else (0, 1)
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, RANKS, RANKS_HERE = (
+    int(TORCHRUN.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+)
+LOCAL_RANK = int(TORCHRUN.get("LOCAL_RANK", 0))
 
 
 class InputError(Exception):
@@ -70,11 +72,11 @@ class Frame(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one rank did: its groups of frames, the milliseconds of each `session.run`, the seconds of it all, where."""
+    """What one rank did."""
 
     groups: list[list[Frame]]
-    compute_ms: list[float]
-    elapsed_s: float
+    compute_ms: list[float]  # of each session.run
+    elapsed_s: float  # from the first read to the last write
     device: int
 
 
@@ -93,7 +95,7 @@ def load_model(args: argparse.Namespace) -> Model:
         raise InputError(f"{args.model}: no such file; --model is what intrada_pth2onnx.py wrote")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = args.threads or count_cpus()
-    options.log_severity_level = 4  # the exception has it all
+    options.log_severity_level = 4  # errors are reported by the exception
     if args.provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     device = args.device + LOCAL_RANK
@@ -189,7 +191,7 @@ def holds_frame(path: Path, shape: tuple[int, ...]) -> bool:
         return path.stat().st_size == 4 * int(np.prod(shape))
     try:
         content = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError):
+    except Exception:  # numpy raises many kinds for a damaged header
         return False
     return content.dtype == np.float32 and content.shape in (shape, (1, *shape))
 
@@ -474,7 +476,7 @@ def describe_files(groups: list[list[Frame]]) -> dict[str, dict[str, list[str]]]
     }
 
 
-def report(frames: list[Frame], runs: list[Run], summary: dict, args: argparse.Namespace) -> str:
+def report(frames: list[Frame], runs: list[Run], summary: dict, folder: Path | None, args: argparse.Namespace) -> str:
     """Describe in one line what was done, where it ran and how fast."""
     done = sum(len(group) for run in runs for group in run.groups)
     what = (
@@ -483,7 +485,7 @@ def report(frames: list[Frame], runs: list[Run], summary: dict, args: argparse.N
     line = f"provider {args.provider}, {what}"
     if summary:
         line += f", {summary['throughput']:.2f} frames/s computing, {summary['end_to_end_throughput']:.2f} end to end"
-    return line
+    return line + (f", in {folder}" if frames and folder else "")
 
 
 def join_ranks() -> None:
@@ -523,8 +525,8 @@ def at_least(least: int) -> Callable[[str], int]:
     """Make the type of an option that is an integer."""
 
     def parse(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer, {least} or more")
         return int(text)
 
     return parse
@@ -581,14 +583,14 @@ def main(argv: list[str] | None = None) -> int:
     if frames and folder:
         prepare_folder(folder, frames, model, args)
     todo = [frame for frame in frames[RANK::RANKS] if not folder or not is_complete(frame, model)]
-    run = infer(model, todo, args) if args.input else time_zeros(model, args)
-    runs = [run for run in gather(run) if run.compute_ms]
+    rank_run = infer(model, todo, args) if args.input else time_zeros(model, args)
+    runs = [run for run in gather(rank_run) if run.compute_ms]
     if RANK == 0:
         summary = summarise(runs, model, args) if runs else {}
         if folder and summary:
             make_folder(args.output)
             write_file(json_path(folder, "summary"), json.dumps(summary, indent=1).encode())
-        print(report(frames, runs, summary, args) + (f", in {folder}" if frames and folder else ""))
+        print(report(frames, runs, summary, folder, args))
     return 0
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import fcntl
-import filecmp
 import json
 import os
 import sys
@@ -69,9 +68,10 @@ PALETTE = bytes.fromhex("".join(color[1:] for _, _, _, color in CLASSES))
 LARGEST_LABEL_ID = 34
 
 # Set by torchrun; without it this is the only process.
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ["RANK"]) if RANKS > 1 else 0
-RANKS_HERE = int(os.environ["LOCAL_WORLD_SIZE"]) if RANKS > 1 else 1
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, RANKS, RANKS_HERE = (
+    int(TORCHRUN.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+)
 
 
 class InputError(Exception):
@@ -111,7 +111,7 @@ def find_frames(args: argparse.Namespace) -> list[Frame]:
 
 
 def needs_labels(args: argparse.Namespace) -> bool:
-    """Tell whether more is asked for than label and color maps, which need no labels."""
+    """Return whether more is required than label and color maps, which need no labels."""
     return bool(args.json or args.expect is not None or not (args.save_labels or args.save_colors))
 
 
@@ -161,7 +161,7 @@ def pick_equal(paths: list[Path]) -> Path:
     """
     first, *others = paths
     for other in others:
-        if not filecmp.cmp(str(first), str(other), shallow=False):
+        if not np.array_equal(read_logits(first), read_logits(other)):
             raise InputError(
                 f"{first} and {other} differ: results of two runs; empty the folder and infer again, "
                 "for several devices with ais_bench's --divide_input 1"
@@ -182,7 +182,7 @@ def warn(message: str) -> None:
 
 
 def read_logits(path: Path) -> np.ndarray:
-    """Read (19, 65, 129) logits as float32; a `.bin` has no header, so its size tells float32 from float16.
+    """Read (19, 65, 129) logits as float32; a `.bin` has no header, so its size distinguishes float32 and float16.
 
     Raises:
         InputError: another size or type, or values that are NaN or Inf.
@@ -196,7 +196,7 @@ def read_logits(path: Path) -> np.ndarray:
     else:
         try:
             logits = np.array(np.lib.format.open_memmap(str(path), mode="r"))
-        except (ValueError, EOFError) as error:
+        except Exception as error:  # numpy raises many kinds for a damaged header
             raise InputError(f"{path}: not a complete .npy: {error}") from None
         if logits.shape not in (LOGITS_SHAPE, (1, *LOGITS_SHAPE)) or logits.dtype not in (np.float32, np.float16):
             raise InputError(f"{path}: {logits.dtype} {logits.shape}; {expected}; infer this frame again")
@@ -358,7 +358,7 @@ def count_pixels(label, prediction, counts):
 
 
 def score(frame: Frame, args: argparse.Namespace) -> np.ndarray:
-    """Count one frame's pixels, and write its prediction if asked to.
+    """Count one frame's pixels; with --save_labels or --save_colors write its prediction.
 
     Returns:
         (19, 19) int64, row = ground truth, column = prediction; other label ids count nowhere.
@@ -403,7 +403,7 @@ def score_all(frames: list[Frame], args: argparse.Namespace) -> list[np.ndarray]
 
 
 def announce_compilation() -> None:
-    """Explain the silence of a first run to somebody at a terminal; numba caches the machine code."""
+    """Announce the compilation on a terminal, unless numba has cached its result."""
     cache = predict_cells.stats.cache_path
     if sys.stderr.isatty() and RANK == 0 and not (cache and list(Path(cache).glob("*.predict_cells-*"))):
         print("compiling, about 10 s", file=sys.stderr)
@@ -506,9 +506,8 @@ def format_report(metrics: dict) -> str:
         expected, miou = metrics["expected"], 100 * metrics["miou"]
         near = f"within {expected['tolerance']} of {expected['percent']:.4f}"
         see = 'see "The mIoU is not the expected one" in README.md'
-        lines.append(
-            f"\nPASS: {miou:.4f} is {near}" if expected["passed"] else f"\nFAIL: {miou:.4f} is not {near}; {see}"
-        )
+        passed, failed = f"PASS: {miou:.4f} is {near}", f"FAIL: {miou:.4f} is not {near}; {see}"
+        lines.append("\n" + (passed if expected["passed"] else failed))
     return "\n".join(lines)
 
 
@@ -518,21 +517,21 @@ def percent(fraction: float | None) -> str:
 
 
 def write_json(path: Path, metrics: dict) -> None:
-    """Write beside, then rename, so that the name always means a complete file; a device or pipe is written to.
+    """Write beside, then rename, so that the name always means a complete file; a link, device or pipe is written to.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
     """
-    path = path.resolve() if path.is_file() else path  # a link, as /dev/stdout is, stays
-    part = path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.{os.getpid()}.part")
+    in_place = path.exists() and (path.is_symlink() or not path.is_file())
+    part = path if in_place else path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        if part != path:
+        if not in_place:
             os.replace(str(part), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        if part != path and part.exists():
+        if not in_place and part.exists():
             part.unlink()
 
 
@@ -551,16 +550,16 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def make_folders(args: argparse.Namespace) -> None:
-    """Make the folders for the maps and lock them until this process ends.
+    """Make the folders for the maps; rank 0 locks them until it ends.
 
     Raises:
         InputError: another run holds one.
     """
     for folder in {args.save_labels, args.save_colors} - {None}:
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # torchrun's ranks share it
-            lock = (fcntl.LOCK_SH if RANKS > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB
-            fcntl.flock(os.open(str(folder), os.O_RDONLY), lock)
+        try:
+            if RANK == 0:
+                fcntl.flock(os.open(str(folder), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another run is writing here; wait for it, or pass another folder") from None
 
@@ -608,27 +607,31 @@ def count_cpus() -> int:
 
 
 def at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be an integer, 1 or more")
     return int(text)
 
 
 def percentage(text: str) -> float:
-    if not 0 <= float(text) <= 100:
-        raise argparse.ArgumentTypeError("must be from 0 to 100")
-    return float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 100; found {text}")
+    return value
 
 
 def expected_miou(text: str) -> float:
     """Read --expect: percent, or a METRICS.json whose mIoU is meant."""
     if text.endswith(".json"):
         try:
-            return 100 * float(json.loads(Path(text).read_text(encoding="utf-8"))["miou"])
+            return percentage(str(100 * json.loads(Path(text).read_text(encoding="utf-8"))["miou"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise argparse.ArgumentTypeError(f"{text}: not what --json writes: {error!r}") from None
     value = percentage(text)
     if 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"is in percent; {text} of 1 is {100 * value:g}")
+        raise argparse.ArgumentTypeError(f"expected percent, e.g. 47.01; found {text}")
     return value
 
 
@@ -655,8 +658,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     frames = find_frames(args)
-    join_ranks()
     make_folders(args)
+    join_ranks()
     announce_compilation()
     confusions = gather(score_all(frames[RANK::RANKS], args))
     if RANK:
@@ -669,7 +672,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.json, metrics)
     warn_if_one_class(np.sum(confusions, axis=0), frames)
     print(format_maps(args, len(frames)), format_report(metrics), sep="")
-    return 1 if args.expect is not None and not metrics["expected"]["passed"] else 0
+    return int("expected" in metrics and not metrics["expected"]["passed"])
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ HEIGHT, WIDTH = 512, 1024
 MEAN_BGR = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)
 
 # Set by torchrun; without it this is the only process.
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ["RANK"]) if RANKS > 1 else 0
-RANKS_HERE = int(os.environ["LOCAL_WORLD_SIZE"]) if RANKS > 1 else 1
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, RANKS, RANKS_HERE = (
+    int(TORCHRUN.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+)
 
 
 class InputError(Exception):
@@ -118,22 +119,22 @@ def write_file(path: Path, content: np.ndarray) -> None:
 
 
 def prepare_folder(save_dir: Path, images: list[Path]) -> None:
-    """Make SAVE_DIR, lock it until this process ends, and warn of other files that ais_bench would infer too.
+    """Make SAVE_DIR; rank 0 locks it until it ends, and warns of other files that ais_bench would infer too.
 
     Raises:
         InputError: another run holds it.
     """
     make_folder(save_dir)
-    try:  # torchrun's ranks share it
-        fcntl.flock(
-            os.open(str(save_dir), os.O_RDONLY), (fcntl.LOCK_SH if RANKS > 1 else fcntl.LOCK_EX) | fcntl.LOCK_NB
-        )
+    if RANK:
+        return
+    try:
+        fcntl.flock(os.open(str(save_dir), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{save_dir}: another run is writing here; wait for it, or pass another folder") from None
     expected = {f"{path.stem}.bin" for path in images}
     present = {path.name for path in save_dir.iterdir() if path.suffix.lower() in (".bin", ".npy")}
     unexpected = sorted(present - expected)
-    if unexpected and RANK == 0:
+    if unexpected:
         print(f"warning: {save_dir}: not of this split, but ais_bench will infer them too: {first_five(unexpected)}",
               file=sys.stderr)  # fmt: skip
 
@@ -196,8 +197,8 @@ def count_cpus() -> int:
 
 
 def at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be an integer, 1 or more")
     return int(text)
 
 
@@ -219,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_memory()
     share = images[RANK::RANKS]
     convert_all(share, args.save_dir, args.workers or count_cpus())
-    print(f"frames written to {args.save_dir}: {len(share)} of {len(images)}")
+    by_rank = f" by rank {RANK} of {RANKS}" if RANKS > 1 else ""
+    print(f"frames written to {args.save_dir}{by_rank}: {len(share)} of {len(images)}")
     return 0
 
 

@@ -60,7 +60,7 @@ CLASSES = (
     (33, "bicycle", "#770b20"),
 )
 NAMES = [name for _, name, _ in CLASSES]
-IGNORED, RIGHT = len(CLASSES), len(CLASSES) + 1  # two more train ids: not scored, and predicted correctly
+IGNORED, CORRECT = len(CLASSES), len(CLASSES) + 1  # two more train ids: not scored, and predicted correctly
 COLORS = [*(color for _, _, color in CLASSES), "#000000", "#ffffff"]
 PALETTE = bytes.fromhex("".join(COLORS).replace("#", ""))
 TRAIN_ID_OF = np.full(256, IGNORED, np.uint8)
@@ -126,7 +126,7 @@ def check(value: Any, schema: Any, key: str = "JSON") -> None:
 
 
 def read_json(path: Path, schema: dict[str, Any], maker: str) -> dict[str, Any]:
-    """Read a JSON file; the one guard around all that can be wrong in it.
+    """Read a JSON file and validate it.
 
     Raises:
         InputError: it cannot be read, or is not what its maker writes.
@@ -155,8 +155,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     options, provider = read_options(summary.get("args")), summary.get("provider")
     fps, mean_ms = summary["throughput"], summary["NPU_compute_time"]["mean"]
     model = Path(summary.get("model") or options.get("model", "model unknown")).name
-    batch_size = summary.get("batchsize") or int("0" + re.sub("[^0-9]", "", options.get("batchsize", "")[:9]))
-    batch_size = batch_size or round(fps * mean_ms / 1000)
+    batch_size = summary.get("batchsize") or round(fps * mean_ms / 1000)  # which ais_bench has computed fps from
     devices = list(dict.fromkeys(re.findall("[0-9]+", str(summary.get("device", options.get("device", 0))))))
     numbers = f", device{'s' * (len(devices) > 1)} {', '.join(devices)}" if devices and provider != "cpu" else ""
     device = (f"ONNX Runtime, {provider.upper()}" if provider else "Ascend, ais_bench") + numbers
@@ -175,10 +174,8 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def read_options(args: Any) -> dict[str, str]:
-    """Read options from the `args` of a summary: a list of words, a line of them, or an object."""
-    if isinstance(args, dict):
-        return {str(name): str(value) for name, value in args.items()}
-    words = args.split() if isinstance(args, str) else map(str, args) if isinstance(args, list) else []
+    """Read options from the `args` of a summary, the words of its command."""
+    words = [str(word) for word in args] if isinstance(args, list) else []
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     return {name[2:]: value for name, value in zip(words, words[1:]) if name.startswith("--")}
 
@@ -186,25 +183,21 @@ def read_options(args: Any) -> dict[str, str]:
 def add_summaries(runs: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add each run's summary, and a name: what ran, and where two would have one name their folders and files too.
 
-    A summary is found by its file name; of several, the one whose folders match too.
+    A run's summary is `<result_dir>_summary.json`, or the only one of that file name if no other run could be meant.
     """
+    wanted = [Path(f"{Path(run['result_dir'])}_summary.json") for run in runs]
     named = []
-    for run in runs:
-        wanted = Path(f"{Path(run['result_dir'])}_summary.json")
-        found = [summary for summary in summaries if summary["path"].name == wanted.name]
-        summary = max(found, key=lambda summary: count_common_parts(summary["path"], wanted), default=None)
+    for run, path in zip(runs, wanted):
+        found = [summary for summary in summaries if summary["path"].name == path.name]
+        exact = [summary for summary in found if summary["path"] == path]
+        alone = len(found) == 1 and len({other for other in wanted if other.name == path.name}) == 1
+        summary = exact[0] if exact else found[0] if alone else None
         name = summary["name"] if summary else f"{run['result_dir']}, model unknown"
         named.append({**run, "summary": summary, "name": name})
     for key in ("result_dir", "path"):
         times = Counter(run["name"] for run in named)
         named = [{**run, "name": f"{run['name']} ({run[key]})"} if times[run["name"]] > 1 else run for run in named]
     return named
-
-
-def count_common_parts(path: Path, other: Path) -> int:
-    """Count the parts that the ends of two paths have in common."""
-    equal = [part == other_part for part, other_part in zip(path.parts[::-1], other.parts[::-1])]
-    return [*equal, False].index(False)
 
 
 # ---------------------------------------------------------------------------------------------------- drawing frames
@@ -274,7 +267,7 @@ def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     if not np.isclose(miou_of(confusion), miou, rtol=0, atol=1e-9, equal_nan=True):
         raise InputError(f"{label_map}: not the prediction of these metrics; pass --labels of the same run")
     image = read_png(frame["image"]).convert("RGB").resize(size, Image.BOX)
-    errors = np.where((prediction == truth) & (truth != IGNORED), np.uint8(RIGHT), truth)
+    errors = np.where((prediction == truth) & (truth != IGNORED), np.uint8(CORRECT), truth)
     images = {
         "image": image,
         "ground truth": paint(truth, size),
@@ -319,7 +312,7 @@ def to_data_uri(image: Image.Image) -> str:
 def draw_frames(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Draw frames in threads, the first ones large; Pillow releases the GIL while it decodes."""
     sizes = [LARGE if n < LARGE_FRAMES else SMALL for n in range(len(frames))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
         try:
             return list(tqdm(pool.map(draw_frame, frames, sizes), total=len(frames), unit="frame", disable=None))
         except BaseException:
@@ -473,7 +466,8 @@ img { width: 100%; height: auto; display: block; border-radius: .2rem; } .slot {
 <p>{{ (run.miou - first.miou) | percent("+") }} points against {{ first.name }}</p>
 {% endif %}
 {% if run.expected %}
-<p>expected: {{ run.expected.percent }} %, {{ (run.miou - run.expected.percent / 100) | percent("+") }} points,
+<p>expected: {{ "%.2f" | format(run.expected.percent) }} %,
+{{ (run.miou - run.expected.percent / 100) | percent("+") }} points,
 tolerance {{ run.expected.tolerance }}: <b class="{{ "good" if run.expected.passed else "bad" }}">
 {{- "PASS" if run.expected.passed else "FAIL" }}</b></p>
 {% endif %}
@@ -626,21 +620,21 @@ def render(runs: list[dict[str, Any]], summaries: list[dict[str, Any]], frames: 
 
 
 def write_page(path: Path, content: bytes) -> None:
-    """Write beside, then rename, so that the name always means a complete page; a device or pipe is written to.
+    """Write beside, then rename, so that the name always means a complete page; a link, device or pipe is written to.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
     """
-    path = path.resolve() if path.is_file() else path  # a link stays
-    part = path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.{os.getpid()}.part")
+    in_place = path.exists() and (path.is_symlink() or not path.is_file())
+    part = path if in_place else path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
-        if part != path:
+        if not in_place:
             os.replace(part, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        if part != path:
+        if not in_place:
             part.unlink(missing_ok=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the tests import onnxruntime themselves
 
-from support import ROOT, ascend_environment
+from support import ROOT, ascend_environment, read_blocks
 
 MARK = "--- what the next block prints ---"
 
@@ -25,13 +24,6 @@ class Walk(NamedTuple):
     commands: list[str]
     shown: list[str | None]
     printed: list[str]
-
-
-def read_blocks(text: str) -> list[tuple[str, str | None]]:
-    """Find the bash blocks, each with the text block that follows; the quick starts last, since they need a model."""
-    found = re.findall(r"^```bash\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL)
-    first = next(n for n, (commands, _) in enumerate(found) if commands.startswith("DATA_DIR="))
-    return found[first:] + found[:first]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def error_of(script: str, *args: object) -> str:
 
 
 def refusal(module: ModuleType, *args: object) -> str:
-    """Return a script's message for a user's mistake, run in this process, which saves the start of another."""
+    """Return a script's message for a user's mistake; in-process, which is faster."""
     try:
         module.main([str(arg) for arg in args])
     except module.InputError as error:
@@ -51,9 +52,8 @@ def refusal(module: ModuleType, *args: object) -> str:
     raise AssertionError(f"{module.__name__} refuses nothing")
 
 
-def make_older(path: Path, seconds: float) -> None:
-    """Set a file's time back."""
-    changed = path.stat().st_mtime - seconds
+def shift_mtime(path: Path, seconds: float) -> None:
+    changed = path.stat().st_mtime + seconds
     os.utime(path, (changed, changed))
 
 
@@ -86,6 +86,13 @@ def save_two_channel_model(path: Path, batch: int | str = "batch", offset: float
     graph = helper.make_graph(nodes, "two_channels", inputs, outputs, initializers)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6), path)
     return weights
+
+
+def read_blocks(text: str) -> list[tuple[str, str | None]]:
+    """Find the bash blocks, each with the text block that follows; the quick starts last, since they need a model."""
+    found = re.findall(r"^```bash\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL)
+    first = next(n for n, (commands, _) in enumerate(found) if commands.startswith("DATA_DIR="))
+    return found[first:] + found[:first]
 
 
 def ascend_environment(**settings: str) -> dict[str, str]:

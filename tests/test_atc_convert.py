@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from support import ROOT, ascend_environment, make_older
+from support import ROOT, ascend_environment, shift_mtime
 
 SCRIPT = ROOT / "atc_convert.sh"
 SIZES = 1, 4, 8, 16, 32, 64
@@ -25,7 +25,7 @@ def save_model(path: Path) -> None:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("image", "output_1")]
     graph = helper.make_graph([helper.make_node("Relu", ["image"], ["output_1"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)]), path)
-    make_older(path, 60)
+    shift_mtime(path, -60)
 
 
 @pytest.fixture
@@ -121,7 +121,9 @@ def test_an_om_is_kept_only_if_it_has_the_time_of_its_onnx(folder):
     assert "made" in convert(folder, 1).stdout
     assert convert(folder, 1).stdout == "bs 1: kept intraDA_deeplabv2_bs1.om\n"
     assert "made" in convert(folder, 1, "--overwrite").stdout
-    make_older(onnx_path, 3600)  # replaced by an older file
+    assert "made" in convert(folder, 1, "--", "--buffer_optimize=off_optimize").stdout  # another model
+    assert "made" in convert(folder, 1).stdout
+    shift_mtime(onnx_path, -3600)  # replaced by an older file
     assert "made" in convert(folder, 1).stdout
 
 

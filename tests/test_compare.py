@@ -36,7 +36,7 @@ def add_results(folder: Path, frames: int = 1, noise: float = 0) -> dict[tuple[s
 
 
 def comparison_of(folder: Path, status: int = 0) -> dict:
-    """Compare folder/ours with folder/theirs in this process, which saves the start of another."""
+    """Compare folder/ours with folder/theirs in-process."""
     args = folder / "ours", folder / "theirs", "--json", folder / "c.json"
     assert compare.main([str(arg) for arg in args]) == status
     comparison = json.loads((folder / "c.json").read_text())
@@ -152,6 +152,13 @@ def test_the_same_folder_twice_is_one_line_and_status_1(folder):
     assert "same folder" in error_of(SCRIPT, folder / "ours", folder / "link")
 
 
+def test_an_output_that_a_frame_lacks_in_both_folders_is_named(tmp_path):
+    for name in ("ours", "theirs"):
+        add_results(tmp_path / name, 2)
+        (tmp_path / name / "ulm_000000_000001_leftImg8bit_1.bin").unlink()
+    assert refusal(compare, tmp_path / "ours", tmp_path / "theirs").endswith(": ulm_000000_000001_leftImg8bit_1")
+
+
 def test_results_of_two_devices_that_differ_are_refused(folder):
     name = "ulm_000000_000000_leftImg8bit_0.bin"
     (folder / "ours" / "device1").mkdir()
@@ -165,16 +172,17 @@ def test_results_of_two_devices_that_differ_are_refused(folder):
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
-        ("ulm_9_leftImg8bit_1.bin", bytes(212420), "212420 bytes"),
-        ("ulm_9_leftImg8bit_1.bin", np.full(SHAPE, np.inf, "<f2").tobytes(), "NaN or Inf"),
-        ("ulm_9_leftImg8bit_1.npy", b"\x93NUMPY", "not a complete .npy"),
-        ("ulm_9_leftImg8bit_1.npy", np.zeros(SHAPE), "float64"),
-        ("ulm_9_leftImg8bit_1.npy", np.zeros((65, 129, 19), "<f4"), "(65, 129, 19)"),
+        ("ulm_000000_000000_leftImg8bit_1.bin", bytes(212420), "212420 bytes"),
+        ("ulm_000000_000000_leftImg8bit_1.bin", np.full(SHAPE, np.inf, "<f2").tobytes(), "NaN or Inf"),
+        ("ulm_000000_000000_leftImg8bit_1.npy", b"\x93NUMPY", "not a complete .npy"),
+        ("ulm_000000_000000_leftImg8bit_1.npy", np.zeros(SHAPE), "float64"),
+        ("ulm_000000_000000_leftImg8bit_1.npy", np.zeros((65, 129, 19), "<f4"), "(65, 129, 19)"),
     ],
     ids=["cut", "half_inf", "cut_npy", "float64", "hwc"],
 )
 def test_damaged_logits_are_reported(folder, name, content, word):
     for path in (folder / "ours" / name, folder / "theirs" / name):
+        path.with_suffix(".bin").unlink()
         np.save(path, content) if isinstance(content, np.ndarray) else path.write_bytes(content)
     message = refusal(compare, folder / "ours", folder / "theirs")
     assert f"ours/{name}" in message and word in message

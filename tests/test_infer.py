@@ -21,7 +21,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import intrada_infer
-from support import ROOT, error_of, make_older, run, save_two_channel_model
+from support import ROOT, error_of, run, save_two_channel_model, shift_mtime
 
 SCRIPT = "intrada_infer.py"
 
@@ -145,7 +145,7 @@ def test_what_exists_in_its_full_size_is_kept_whatever_its_time(model):
     infer("--batchsize", 2)
     first, summary = results(), read_json("summary")
     for path in Path("result/r").iterdir():
-        make_older(path, 3600)
+        shift_mtime(path, -3600)
     assert "(0 inferred, 5 kept)" in infer("--batchsize", 2)
     assert read_json("summary") == summary
 
@@ -164,7 +164,7 @@ def test_only_frames_whose_input_has_changed_are_inferred_again(model):
     shutil.copytree(prep, other)
     changed = np.ones((3, 4, 6), "<f4")
     changed.tofile(other / "frame_2.bin")
-    make_older(other / "frame_2.bin", 3600)
+    shift_mtime(other / "frame_2.bin", -3600)
     assert "(1 inferred, 4 kept)" in infer("--input", other)
     weights = save_two_channel_model(model)
     assert results()["frame_2_1.bin"] == np.tensordot(weights[1], changed, 1).tobytes()
@@ -180,7 +180,7 @@ def test_an_interrupted_run_leaves_no_results_of_the_old_model_or_input(model, w
     infer()
     if what == "model":
         weights = save_two_channel_model(model, offset=9)
-        make_older(model, 3600)
+        shift_mtime(model, -3600)
     else:
         images = save_frames(4, seed=1)
     full = expected(weights, images)
@@ -328,8 +328,8 @@ def test_a_provider_that_leaves_the_work_to_the_cpu_is_refused(model):
     ("args", "words"),
     [
         ([], "required: --model"),
-        (["--model", "x.onnx", "--batchsize", "0"], "--batchsize: must be 1 or more"),
-        (["--model", "x.onnx", "--warmup_count", "-1"], "--warmup_count: must be 0 or more"),
+        (["--model", "x.onnx", "--batchsize", "0"], "--batchsize: must be an integer, 1 or more"),
+        (["--model", "x.onnx", "--warmup_count", "-1"], "--warmup_count: must be an integer, 0 or more"),
         (["--model", "x.onnx", "--outfmt", "TXT"], "--outfmt"),
         (["--model", "x.onnx", "--output_dirname", "r"], "--output_dirname needs --output"),
         (["--model", "x.onnx", "--output", "o", "--output_dirname", ".."], "--output_dirname"),

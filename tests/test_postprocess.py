@@ -61,7 +61,7 @@ def quarter(tmp_path) -> Path:
 
 
 def score(folder: Path, *options: object) -> int:
-    """Score folder/r in this process, which saves the start of another."""
+    """Score folder/r in-process."""
     return postprocess.main([str(arg) for arg in (folder, folder / "r", *options)])
 
 

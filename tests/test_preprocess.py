@@ -117,4 +117,4 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_wrong_usage_exits_2():
-    assert "--workers: must be 1 or more" in run(SCRIPT, "data", "prep", "--workers", 0, status=2).stderr
+    assert "--workers: must be an integer, 1 or more" in run(SCRIPT, "data", "prep", "--workers", 0, status=2).stderr

@@ -117,7 +117,7 @@ def test_anything_but_a_checkpoint_is_refused_and_its_code_not_run(content, tmp_
     monkeypatch.chdir(tmp_path)
     Path("x.pth").write_bytes(content) if isinstance(content, bytes) else torch.save(content, "x.pth")
     assert refusal(pth2onnx, "x.pth", "x.onnx").startswith("x.pth: ")
-    assert os.listdir() == ["x.pth"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
 
 
 def test_weights_that_do_not_fit_are_named_by_kind(probe, tmp_path):
@@ -211,7 +211,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(weights, tmp_path):
         message = refusal(pth2onnx, weights, tmp_path / "x.onnx", "--skip_verify")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message == f"{tmp_path}/x.onnx: cannot be written: File too large"
+    assert message.startswith(f"{tmp_path}/x.onnx")
+    assert message.endswith(": cannot be written: File too large")
     assert not list(tmp_path.iterdir())
 
 

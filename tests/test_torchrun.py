@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,136 +15,144 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from support import GOLDEN_DATA_DIR, GOLDEN_FRAME, ROOT, run, save_two_channel_model
+from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, ROOT, add_frame, run, save_two_channel_model
 
 FRAMES = [f"{city}_000000_{n:06}" for city in ("bonn", "ulm") for n in range(4)]
 
 
+def start(folder: Path, ranks: int, *args: object, options: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*command, str(ROOT / str(args[0])), *map(str, args[1:])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+
+
+def torchrun(folder: Path, ranks: int, *args: object, status: int = 0) -> tuple[str, str]:
+    process = start(folder, ranks, *args)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == status, stdout + stderr
+    return stdout, stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def add_images(folder: Path, count: int) -> None:
+    """Add copies of the golden image as links."""
+    image = GOLDEN_DATA_DIR / f"leftImg8bit/val/frankfurt/{GOLDEN_FRAME}_leftImg8bit.png"
+    city = folder / "leftImg8bit" / "val" / "ulm"
+    city.mkdir(parents=True)
+    for n in range(count):
+        (city / f"ulm_{n:06}_leftImg8bit.png").symlink_to(image)
+
+
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    """data/ with labels and pictures of 8 frames, logits/ of random predictions."""
+def score(tmp_path) -> list[object]:
+    """The command that scores 8 frames with random labels and logits, without the name of its --json."""
     rng = np.random.default_rng(0)
-    (tmp_path / "logits").mkdir()
-    picture = GOLDEN_DATA_DIR / f"leftImg8bit/val/frankfurt/{GOLDEN_FRAME}_leftImg8bit.png"
     for frame in FRAMES:
-        city = frame.split("_")[0]
-        label = tmp_path / "data" / "gtFine" / "val" / city / f"{frame}_gtFine_labelIds.png"
-        copy = tmp_path / "data" / "leftImg8bit" / "val" / city / f"{frame}_leftImg8bit.png"
-        for path in (label, copy):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, copy)
-        Image.fromarray(rng.integers(0, 34, (130, 258), dtype=np.uint8)).save(label)
-        rng.normal(0, 5, (19, 65, 129)).astype("<f4").tofile(tmp_path / "logits" / f"{frame}_leftImg8bit_1.bin")
-    return tmp_path
+        add_frame(tmp_path, frame, rng.integers(0, 19, (130, 258)), rng.integers(0, 19, (65, 129)))
+    return ["intrada_postprocess.py", tmp_path, tmp_path / "r", "--json"]
 
 
-def torchrun_command(ranks: int, script: str, *args: object, options: tuple[str, ...] = ("--standalone",)) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
-    return [*start, str(ROOT / script), *map(str, args)]
+@pytest.fixture
+def infer(tmp_path) -> list[object]:
+    """The command that infers 7 frames, without the name of its --output_dirname."""
+    save_two_channel_model(tmp_path / "x.onnx")
+    (tmp_path / "prep").mkdir()
+    for n in range(7):
+        np.random.default_rng(n).normal(0, 1, (3, 4, 6)).astype("<f4").tofile(tmp_path / "prep" / f"frame_{n}.bin")
+    args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path / "result"]
+    return ["intrada_infer.py", *args, "--batchsize", 2, "--output_dirname"]
 
 
-def torchrun(ranks: int, script: str, *args: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(torchrun_command(ranks, script, *args), capture_output=True, text=True, timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+def test_more_ranks_than_frames_preprocess_as_one_process(tmp_path):
+    add_images(tmp_path, 2)
+    stdout, _ = torchrun(tmp_path, 3, "intrada_preprocess.py", tmp_path, tmp_path / "prep")
+    lines = [f"frames written to {tmp_path}/prep by rank {n} of 3: {share} of 2" for n, share in enumerate((1, 1, 0))]
+    assert sorted(stdout.splitlines()) == lines
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents(tmp_path / "prep").items()}
+    assert digests == {f"ulm_00000{n}_leftImg8bit.bin": GOLDEN["preprocess"]["sha256"] for n in range(2)}
 
 
-def score(folder: Path, name: str) -> list[object]:
-    return ["intrada_postprocess.py", folder / "data", folder / "logits", "--json", folder / name]
-
-
-def test_ranks_score_save_and_compare_as_one_process(folder):
-    for path in sorted((folder / "logits").iterdir()):
-        shutil.copy(path, path.with_name(path.name.replace("_1.bin", "_0.bin")))
-    shutil.copytree(folder / "logits", folder / "baseline")
-    wrong = folder / "baseline" / f"{FRAMES[5]}_leftImg8bit_1.bin"
-    np.zeros((19, 65, 129), "<f4").tofile(wrong)
-    options = "--baseline", folder / "baseline", "--expect", 99, "--save_labels", folder / "labels"
-    alone = run(*score(folder, "alone.json"), *options, status=1)
-    label_maps = {path.name: path.read_bytes() for path in (folder / "labels").iterdir()}
-    shutil.rmtree(folder / "labels")
-    together = torchrun(3, *score(folder, "together.json"), *options, status=1)
-    assert "FAIL: logits unlike the baseline's" in alone.stdout
-    assert "nothing in the data at hand tells the cause" in alone.stdout
-    assert together.stdout == alone.stdout
-    assert (folder / "together.json").read_bytes() == (folder / "alone.json").read_bytes()
-    assert {path.name: path.read_bytes() for path in (folder / "labels").iterdir()} == label_maps
-    assert len(label_maps) == len(FRAMES)
-
-
-def test_two_hosts_score_as_one_process(folder):
+def test_ranks_on_two_hosts_score_as_one_process(tmp_path, score):
     """By two agents that meet on loopback."""
-    alone = run(*score(folder, "alone.json"))
+    alone = run(*score, tmp_path / "alone.json", "--save_labels", tmp_path / "labels")
+    labels = contents(tmp_path / "labels")
+    assert len(labels) == len(FRAMES)
+    shutil.rmtree(tmp_path / "labels")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         endpoint = f"localhost:{probe.getsockname()[1]}"
     options = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "test")
     options = (*options, "--local-addr", "localhost")
-    command = torchrun_command(2, *score(folder, "together.json"), options=options)
-    hosts = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = *score, tmp_path / "together.json", "--save_labels", tmp_path / "labels"
+    hosts = [start(tmp_path, ranks, *command, options=options) for ranks in (1, 2)]
     outputs = [host.communicate(timeout=120) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], outputs
     assert sorted(stdout for stdout, _ in outputs) == ["", alone.stdout]
-    assert (folder / "together.json").read_bytes() == (folder / "alone.json").read_bytes()
+    assert (tmp_path / "together.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
+    assert contents(tmp_path / "labels") == labels
 
 
-def test_more_ranks_than_frames_preprocess_as_one_process(folder):
-    shutil.rmtree(folder / "data" / "leftImg8bit" / "val" / "ulm")
-    for picture in sorted((folder / "data" / "leftImg8bit" / "val" / "bonn").iterdir())[2:]:
-        picture.unlink()
-    done = torchrun(3, "intrada_preprocess.py", folder / "data", folder / "together")
-    alone = run("intrada_preprocess.py", folder / "data", folder / "alone")
-    assert done.stdout == alone.stdout.replace("alone", "together")
-    files = {
-        name: {path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("alone", "together")
-    }
-    assert files["alone"] == files["together"]
-    assert len(files["alone"]) == 2
-
-
-def test_ranks_infer_as_one_process_into_one_summary(tmp_path):
-    save_two_channel_model(tmp_path / "x.onnx")
-    (tmp_path / "prep").mkdir()
-    for n in range(7):
-        np.random.default_rng(n).normal(0, 1, (3, 4, 6)).astype("<f4").tofile(tmp_path / "prep" / f"frame_{n}.bin")
-    args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path, "--batchsize", 2]
-    done = torchrun(3, "intrada_infer.py", *args, "--output_dirname", "together")
-    run("intrada_infer.py", *args, "--output_dirname", "alone")
-    files = {name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("alone", "together")}
-    assert files["alone"] == files["together"]
-    assert done.stdout.startswith("provider cpu: 7 frames (7 inferred, 0 kept), ")
-    assert done.stdout.count("\n") == 1
-    summary = json.loads((tmp_path / "together_summary.json").read_text())
+def test_ranks_infer_as_one_process_and_another_number_resumes(tmp_path, infer):
+    run(*infer, "alone")
+    stdout, _ = torchrun(tmp_path, 3, *infer, "together")
+    result = tmp_path / "result"
+    files = contents(result / "alone")
+    assert contents(result / "together") == files
+    assert "7 (7 inferred, 0 kept)" in stdout
+    assert stdout.count("\n") == 1
+    summary = json.loads((result / "together_summary.json").read_text())
     infiles = [Path(name).stem for group in summary["filesinfo"].values() for name in group["infiles"]]
     assert sorted(infiles) == [f"frame_{n}" for n in range(7)]
     assert summary["NPU_compute_time"]["count"] == 2 + 1 + 1  # batches of 2 of 3, 2 and 2 frames
-    assert summary["device"] == [0, 0, 0]
+    assert summary["device"] == [0, 1, 2]
+
+    for n in (1, 2, 6):
+        (result / "together" / f"frame_{n}_0.bin").unlink()
+    assert "7 (3 inferred, 4 kept)" in torchrun(tmp_path, 2, *infer, "together")[0]
+    assert contents(result / "together") == files
+    (result / "together" / "frame_3_1.bin").unlink()
+    assert "7 (1 inferred, 6 kept)" in run(*infer, "together").stdout
+    assert contents(result / "together") == files
+    assert (result / "together_model.json").read_bytes() == (result / "alone_model.json").read_bytes()
 
 
-def test_one_rank_s_failure_ends_all_with_its_line(folder):
-    damaged = folder / "logits" / f"{FRAMES[1]}_leftImg8bit_1.bin"  # the second rank's
+def test_a_failed_rank_ends_all_with_its_message(tmp_path, score):
+    damaged = tmp_path / "r" / f"{FRAMES[1]}_leftImg8bit_1.bin"  # the second rank's
     damaged.write_bytes(b"cut")
-    done = torchrun(
-        3, *score(folder, "together.json"), status=1
-    )  # within its time limit; gloo alone waits half an hour
-    assert f"intrada_postprocess.py: error: 1 of 3 frames cannot be scored: {damaged}: " in done.stderr
-    assert done.stdout == ""
-    assert not (folder / "together.json").exists()
+    # within its time limit; gloo alone waits for a day
+    stdout, stderr = torchrun(tmp_path, 3, *score, tmp_path / "together.json", status=1)
+    assert f"intrada_postprocess.py: error: 1 of 3 frames cannot be scored: {damaged}: " in stderr
+    assert stdout == ""
+    assert not (tmp_path / "together.json").exists()
 
 
-def test_killing_a_rank_ends_the_others(folder):
-    picture = folder / "data" / "leftImg8bit" / "val" / "ulm" / f"{FRAMES[-1]}_leftImg8bit.png"
-    for n in range(400):  # enough to be at work when the blow falls
-        os.link(picture, picture.with_name(f"ulm_000001_{n:06}_leftImg8bit.png"))
-    command = torchrun_command(2, "intrada_preprocess.py", folder / "data", folder / "prep")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while len(list(folder.glob("prep/*.bin"))) < 4:
+def test_a_killed_rank_ends_the_others(tmp_path):
+    add_images(tmp_path, 400)  # enough to be at work when it is killed
+    process = start(tmp_path, 2, "intrada_preprocess.py", tmp_path, tmp_path / "prep")
+    while len(list(tmp_path.glob("prep/*.bin"))) < 4:
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 1
     assert stdout == ""
     assert "SIGKILL" in stderr
+
+
+def test_rank_without_world_size_is_one_process(tmp_path, score, infer):
+    commands = {
+        ": 1 of 1\n": ["intrada_preprocess.py", GOLDEN_DATA_DIR, tmp_path / "golden"],
+        "7 (7 inferred, 0 kept)": [*infer, "alone"],
+        "frames: 8,": [*score, tmp_path / "x.json"],
+    }
+    for words, command in commands.items():
+        assert words in run(*command, env={**os.environ, "RANK": "1", "LOCAL_RANK": "1"}).stdout

@@ -1,0 +1,209 @@
+"""Flipped bits and kills at random moments: refused, or the result of an undisturbed run. SOAK=1 tries many more."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import intrada_postprocess as postprocess
+import intrada_preprocess as preprocess
+import intrada_pth2onnx as pth2onnx
+from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, ROOT, golden_logits, save_two_channel_model
+
+SOAK = bool(os.environ.get("SOAK"))
+IMAGE, LABEL = sorted(GOLDEN_DATA_DIR.rglob("*.png"), reverse=True)
+KILLS = 20 if SOAK else 2
+MOMENTS = random.Random(None if SOAK else 0)
+
+
+def flip_bits(path: Path, examples: int, run: Callable[[], object], module: object) -> None:
+    """Flip one bit at a time: `run` gives the result of the undamaged file, or refuses.
+
+    Half of the bits are in the last 100 kB, where a zip has its directory.
+    """
+    size, undamaged, outcomes = path.stat().st_size, run(), collections.Counter()
+    anywhere = st.integers(0, size - 1).map(lambda n: (n + size // 2) % size)  # hypothesis begins with 0: the middle
+    near_the_end = st.integers(max(0, size - 10**5), size - 1)
+
+    def flip(position: int, bit: int) -> None:
+        with path.open("r+b") as file:
+            file.seek(position)
+            byte = file.read(1)[0]
+            file.seek(position)
+            file.write(bytes([byte ^ 1 << bit]))
+
+    @settings(max_examples=examples, deadline=None, derandomize=not SOAK, database=None, phases=[Phase.generate])
+    @given(position=anywhere | near_the_end, bit=st.integers(0, 7))
+    def check(position: int, bit: int) -> None:
+        flip(position, bit)
+        try:
+            found = run()
+            outcomes["equal"] += 1
+        except module.InputError:
+            found = undamaged
+            outcomes["refused"] += 1
+        finally:
+            flip(position, bit)
+        assert found == undamaged
+
+    check()
+    print(f"\n{path.name}: {dict(outcomes)}")
+
+
+def test_a_flipped_bit_in_a_label(tmp_path):
+    label = tmp_path / LABEL.relative_to(GOLDEN_DATA_DIR)
+    label.parent.mkdir(parents=True)
+    shutil.copy(LABEL, label)
+    golden_logits().tofile(tmp_path / f"{label.name.split('_gtFine')[0]}_leftImg8bit_1.bin")
+
+    def run() -> list:
+        postprocess.main([str(tmp_path), str(tmp_path), "--json", str(tmp_path / "x.json")])
+        return json.loads((tmp_path / "x.json").read_text())["confusion_matrix"]
+
+    assert run() == GOLDEN["evaluate"]["confusion"]
+    flip_bits(label, 200 if SOAK else 15, run, postprocess)
+
+
+def test_a_flipped_bit_in_an_image(tmp_path):
+    image = tmp_path / IMAGE.relative_to(GOLDEN_DATA_DIR)
+    image.parent.mkdir(parents=True)
+    shutil.copy(IMAGE, image)
+    folders = iter(range(1000))  # a process locks a folder until it ends
+
+    def run() -> str:
+        folder = tmp_path / f"prep_{next(folders)}"
+        preprocess.main([str(tmp_path), str(folder)])
+        (target,) = folder.iterdir()
+        sha256 = hashlib.sha256(target.read_bytes()).hexdigest()
+        target.unlink()
+        return sha256
+
+    assert run() == GOLDEN["preprocess"]["sha256"]
+    flip_bits(image, 200 if SOAK else 15, run, preprocess)
+
+
+def test_a_flipped_bit_in_a_checkpoint(tmp_path):
+    weights, target = tmp_path / "x.pth", tmp_path / "x.onnx"
+    torch.save(pth2onnx.DeepLabV2().state_dict(), weights)
+
+    def run() -> str:
+        pth2onnx.main([str(weights), str(target), "--skip_verify"])
+        return hashlib.sha256(target.read_bytes()).hexdigest()
+
+    flip_bits(weights, 10 if SOAK else 2, run, pth2onnx)
+
+
+def run(command: list[object]) -> float:
+    """Run a command and return its seconds."""
+    start_s = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start_s
+
+
+def kill(command: list[object], elapsed_s: float) -> None:
+    """Kill a command at a random moment of its work, the imports before it apart."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
+    time.sleep(MOMENTS.uniform(0.3, 0.95) * elapsed_s)
+    process.kill()
+    process.wait()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
+
+
+def kill_and_restart(folder: Path, command: list[object]) -> None:
+    """Kill and restart a command: what has its final name is complete, and the end is that of an undisturbed run."""
+    run(command)
+    expected, halfway = contents(folder), 0
+    shutil.rmtree(folder)
+    elapsed_s = run(command)  # now that its files are in memory
+    for _ in range(KILLS):
+        shutil.rmtree(folder)
+        kill(command, elapsed_s)
+        found = {name: content for name, content in contents(folder).items() if not name.endswith(".part")}
+        assert found.items() <= expected.items()
+        halfway += 0 < len(found) < len(expected)
+        run(command)
+        assert contents(folder) == expected
+    print(f"\n{command[0].name}: {KILLS} kills, {halfway} of them after the first result and before the last")
+
+
+def add_frames(folder: Path, count: int) -> None:
+    """Add copies of the golden image and label as links."""
+    for path in (IMAGE, LABEL):
+        for n in range(count):
+            link = folder / str(path.relative_to(GOLDEN_DATA_DIR)).replace(GOLDEN_FRAME, f"frankfurt_{n:06}")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+
+
+def test_preprocess_killed_and_restarted(tmp_path):
+    add_frames(tmp_path, 20)
+    kill_and_restart(tmp_path / "prep", [ROOT / "intrada_preprocess.py", tmp_path, tmp_path / "prep"])
+
+
+def test_postprocess_killed_and_restarted(tmp_path):
+    add_frames(tmp_path, 20)
+    (tmp_path / "result").mkdir()
+    for n in range(20):
+        logits = np.roll(golden_logits(), n, axis=0)
+        logits.tofile(tmp_path / "result" / f"frankfurt_{n:06}_leftImg8bit_1.bin")
+    labels = tmp_path / "labels"
+    command = [ROOT / "intrada_postprocess.py", tmp_path, tmp_path / "result", "--save_labels", labels]
+    kill_and_restart(labels, command)
+
+
+@pytest.fixture
+def infer(tmp_path) -> list[object]:
+    """The command that infers 300 frames, without the name of its --output_dirname."""
+    save_two_channel_model(tmp_path / "x.onnx")
+    (tmp_path / "prep").mkdir()
+    for n in range(300):
+        np.full((3, 4, 6), n, "<f4").tofile(tmp_path / "prep" / f"frame_{n}.bin")
+    args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path, "--loop", 50]
+    return [ROOT / "intrada_infer.py", *args, "--output_dirname"]
+
+
+def test_infer_killed_and_restarted(tmp_path, infer):
+    kill_and_restart(tmp_path / "result", [*infer, "result"])
+
+
+def test_infer_killed_between_two_models(tmp_path, infer):
+    """The results left are all of the model that the note names."""
+    run([*infer, "first"])
+    save_two_channel_model(tmp_path / "x.onnx", offset=1)
+    elapsed_s = run([*infer, "second"])
+    expected, left = {}, collections.Counter()
+    for model in ("first", "second"):
+        note = json.loads((tmp_path / f"{model}_model.json").read_text())
+        expected[note["model_sha256"]] = model, contents(tmp_path / model)
+    assert len(expected) == 2
+    for n in range(KILLS):
+        result = tmp_path / f"result_{n}"
+        shutil.copytree(tmp_path / "first", result)
+        shutil.copy(tmp_path / "first_model.json", tmp_path / f"result_{n}_model.json")
+        kill([*infer, result.name], elapsed_s)
+        note = json.loads((tmp_path / f"result_{n}_model.json").read_text())
+        model, results = expected[note["model_sha256"]]
+        found = {name: content for name, content in contents(result).items() if not name.endswith(".part")}
+        assert found.items() <= results.items()
+        left[f"{'all' if len(found) == len(results) else 'a part'} of the {model} model's"] += 1
+        run([*infer, result.name])
+        assert contents(result) == contents(tmp_path / "second")
+    print(f"\nintrada_infer.py with two models: {KILLS} kills left {dict(left)}")

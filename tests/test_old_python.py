@@ -1,0 +1,108 @@
+"""The Ascend host's scripts on an older Python: OLD_PYTHON names one that has numpy, pillow, tqdm and numba."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from support import (
+    GOLDEN,
+    GOLDEN_DATA_DIR,
+    GOLDEN_FRAME,
+    ROOT,
+    ascend_environment,
+    golden_logits,
+    save_two_channel_model,
+)
+
+SCRIPTS = "preprocess", "postprocess", "compare", "benchmark"
+OLD_PYTHON = os.environ.get("OLD_PYTHON")
+NEEDS_OLD_PYTHON = pytest.mark.skipif(not OLD_PYTHON, reason="OLD_PYTHON names no interpreter, e.g. of Python 3.7")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """An environment in which no Python leaves anything beside the scripts."""
+    cache = str(tmp_path_factory.mktemp("numba"))
+    return {**os.environ, "NUMBA_CACHE_DIR": cache, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_old(script: str, *args: object, **options: object) -> str:
+    command = [OLD_PYTHON, ROOT / f"intrada_{script}.py", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_syntax_is_that_of_python_3_7(script):
+    ast.parse((ROOT / f"intrada_{script}.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+@NEEDS_OLD_PYTHON
+def test_an_old_python_gives_the_golden_results(tmp_path, environment):
+    prep, result = tmp_path / "prep", tmp_path / "known"
+    run_old("preprocess", GOLDEN_DATA_DIR, prep, env=environment)
+    content = (prep / f"{GOLDEN_FRAME}_leftImg8bit.bin").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == GOLDEN["preprocess"]["sha256"]
+
+    result.mkdir()
+    for output in (0, 1):
+        golden_logits().tofile(result / f"{GOLDEN_FRAME}_leftImg8bit_{output}.bin")
+    run_old("postprocess", GOLDEN_DATA_DIR, result, "--json", tmp_path / "metrics.json", env=environment)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["confusion_matrix"] == GOLDEN["evaluate"]["confusion"]
+
+    shutil.copytree(result, tmp_path / "baseline")
+    assert "PASS" in run_old("compare", result, tmp_path / "baseline", env=environment)
+
+    # ais_bench's stand-in runs on this Python, with a small model, and writes the golden logits
+    save_two_channel_model(tmp_path / "x.onnx")
+    (tmp_path / "x_bs1.om").write_text(json.dumps({"onnx": str(tmp_path / "x.onnx"), "batch": 1}))
+    (prep / f"{GOLDEN_FRAME}_leftImg8bit.bin").write_bytes(bytes(4 * 3 * 4 * 6))
+    ascend = ascend_environment(**{**environment, "FAKE_AIS_BENCH_KNOWN": str(result)})
+    (tmp_path / "modules").mkdir()  # not in the current folder, where the stand-in would find this again
+    (tmp_path / "modules" / "ais_bench.py").write_text(
+        f"import os, sys\nos.environ['PYTHONPATH'] = {ascend['PYTHONPATH']!r}\n"
+        f"os.execv({sys.executable!r}, [{sys.executable!r}, '-m', 'ais_bench'] + sys.argv[1:])\n"
+    )
+    args = "x", 1, "--input", "prep", "--data", GOLDEN_DATA_DIR
+    options = {"cwd": tmp_path, "env": {**ascend, "PYTHONPATH": str(tmp_path / "modules")}}
+    planned = run_old("benchmark", *args, "--dry_run", **options).splitlines()
+    printed = run_old("benchmark", *args, **options)
+    assert [line[2:] for line in printed.splitlines() if line.startswith("+ ")] == planned
+    assert f" {100 * GOLDEN['evaluate']['miou']:.2f} " in printed
+    assert "best" in printed
+
+
+@pytest.mark.parametrize("python", [sys.executable, pytest.param(OLD_PYTHON, marks=NEEDS_OLD_PYTHON)])
+@pytest.mark.parametrize("script", ["preprocess", "postprocess"])
+def test_ctrl_c_ends_a_run_early(tmp_path, environment, script, python):
+    frames, output = 500, tmp_path / "output"
+    for n in range(frames):
+        for path in GOLDEN_DATA_DIR.rglob("*.png"):
+            link = tmp_path / str(path.relative_to(GOLDEN_DATA_DIR)).replace(GOLDEN_FRAME, f"frankfurt_{n:06}")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    (tmp_path / "result").mkdir()
+    np.zeros((19, 65, 129), "<f4").tofile(tmp_path / "logits.bin")
+    for n in range(frames):
+        (tmp_path / "result" / f"frankfurt_{n:06}_leftImg8bit_1.bin").symlink_to(tmp_path / "logits.bin")
+    args = {"preprocess": [output], "postprocess": [tmp_path / "result", "--save_labels", output]}[script]
+    command = [python, ROOT / f"intrada_{script}.py", tmp_path, *args]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    while not (output.is_dir() and any(output.iterdir())):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 130)
+    assert 0 < len(list(output.iterdir())) < frames / 2
