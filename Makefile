@@ -42,7 +42,7 @@ $(error DATA= and WEIGHTS= go together)
 endif
 
 run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
-	@$(BIN)/python intrada_infer.py --provider $(PROVIDER) --help > /dev/null  # refuses a missing provider at once
+	@$(BIN)/python intrada_infer.py --provider $(PROVIDER) --batchsize $(BS) --help > /dev/null  # refuses bad ones at once
 	@mkdir -p "$(OUT)"
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(OUT)/prep_$(SPLIT)" --split $(SPLIT)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"

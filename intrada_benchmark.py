@@ -114,7 +114,7 @@ def check_before_run(args: argparse.Namespace) -> list[str]:
         maker = "intrada_pth2onnx.py" if is_onnx(args) else "atc_convert.sh"
         raise InputError(f"{first_five(missing)}: no such file; make it with {maker}")
     if not is_onnx(args) and not importlib.util.find_spec("ais_bench"):
-        raise InputError(f"{sys.executable} has no ais_bench; install it as README.md says")
+        raise InputError(f"{sys.executable} has no ais_bench; docs/reference.md says how to install it")
     if args.data and not Path(args.data, "gtFine").is_dir():
         raise InputError(f"{args.data}: no gtFine/; --data is the Cityscapes folder")
     inputs = Path(args.input).glob("*") if args.input else []
@@ -212,9 +212,7 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
     """
     paths = find_summaries(folder)
     if len(paths) != devices:
-        raise StepError(
-            f"found {len(paths)} summaries for {devices} devices in {folder.parent}; see the messages above"
-        )
+        raise StepError(f"summaries in {folder.parent}: {len(paths)}, devices: {devices}; see the messages above")
     try:
         summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         return {

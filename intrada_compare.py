@@ -9,7 +9,7 @@ The verdict is Huawei's: every frame and output has a cosine similarity of at le
 distance of at most 0.05. ais_bench's folders for several devices (device0, device1_1, ...) are read as well.
 
     $ python3 intrada_compare.py result/result_bs1 baseline/result_bs1 | tail -n 1
-    PASS: cosine similarity at least 0.99 and relative distance at most 0.05 everywhere
+    PASS: cosine similarity at least 0.99, relative distance at most 0.05 everywhere
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def format_report(frames: int, outputs: dict[str, dict], failures: list[str]) ->
         for measure, stats in measures.items():
             name = f"{output:<8}{measure.replace('_', ' '):<20}"
             lines.append(f"{name}{stats['worst']:>12.6f}{stats['mean']:>12.6f}  {stats['worst_frame']}")
-    limits = f"cosine similarity at least {LEAST_COSINE} and relative distance at most {LARGEST_DISTANCE}"
-    verdict = f"FAIL: not {limits}: {'; '.join(failures)}" if failures else f"PASS: {limits} everywhere"
+    limits = f"cosine similarity at least {LEAST_COSINE}, relative distance at most {LARGEST_DISTANCE}"
+    verdict = f"FAIL: {'; '.join(failures)} (limits: {limits})" if failures else f"PASS: {limits} everywhere"
     return "\n".join([*lines, f"\nframes: {frames}", f"\n{verdict}"])
 
 

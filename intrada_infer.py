@@ -480,12 +480,14 @@ def report(frames: list[Frame], runs: list[Run], summary: dict, folder: Path | N
     """Describe in one line what was done, where it ran and how fast."""
     done = sum(len(group) for run in runs for group in run.groups)
     what = (
-        f"frames: {len(frames)} ({done} inferred, {len(frames) - done} kept)" if frames else f"zeros: {args.loop} runs"
+        f"frames: {len(frames)} ({done} inferred, {len(frames) - done} kept)"
+        if frames
+        else f"runs on zeros: {args.loop}"
     )
     line = f"provider {args.provider}, {what}"
     if summary:
         line += f", {summary['throughput']:.2f} frames/s computing, {summary['end_to_end_throughput']:.2f} end to end"
-    return line + (f", in {folder}" if frames and folder else "")
+    return line + (f", in {folder}" if folder else ", not saved") if frames else line
 
 
 def join_ranks() -> None:
@@ -535,7 +537,8 @@ def at_least(least: int) -> Callable[[str], int]:
 def provider(text: str) -> str:
     """Read --provider; a missing one is refused before anything else is done."""
     if text not in available_providers():
-        raise argparse.ArgumentTypeError(f"this onnxruntime has {', '.join(available_providers())}, not {text}")
+        has = ", ".join(available_providers())
+        raise argparse.ArgumentTypeError(f"this onnxruntime has {has}, not {text}; docs/reference.md names the builds")
     return text
 
 

@@ -102,9 +102,10 @@ def find_frames(args: argparse.Namespace) -> list[Frame]:
         unmatched = sorted(labels.keys() ^ images.keys())
         raise InputError(f"{data_dir}: frames of {split} with only one of image and label: {first_five(unmatched)}")
     if not labels and (needs_labels(args) or not images):
-        raise InputError(
-            f"{data_dir}/gtFine/{split}: no <city>/<frame>{LABEL_ENDING}; DATA_DIR is the folder that holds gtFine"
+        remedy = (
+            "without labels only --save_labels and --save_colors" if images else "DATA_DIR is the folder above gtFine"
         )
+        raise InputError(f"{data_dir}/gtFine/{split}: no <city>/<frame>{LABEL_ENDING}; {remedy}")
     paths = labels or images
     logits = find_logits(args.result_dir, list(paths))
     return [Frame(name, path, logits[name]) for name, path in paths.items()]
@@ -133,7 +134,7 @@ def find_logits(result_dir: Path, frames: list[str]) -> dict[str, Path]:
     """Find each frame's main logits in RESULT_DIR or in ais_bench's device folders below it.
 
     Raises:
-        InputError: a frame has none, or two that differ.
+        InputError: a frame has none, or two that differ, or the frames' types do.
     """
     if not result_dir.is_dir():
         raise InputError(f"{result_dir}: no such folder; RESULT_DIR is what ais_bench filled, e.g. result/result_bs1")
@@ -144,13 +145,17 @@ def find_logits(result_dir: Path, frames: list[str]) -> dict[str, Path]:
     missing = [frame for frame in frames if frame not in found]
     if missing:
         raise InputError(
-            f"{result_dir}: {len(missing)} of {len(frames)} frames have no <frame>_leftImg8bit_1.bin or .npy; "
-            f"infer them first: {first_five(missing)}"
+            f"{result_dir}: no <frame>_leftImg8bit_1.bin or .npy for {len(missing)} of {len(frames)} frames; infer "
+            f"them first, and pass e.g. result/result_bs1: {first_five(missing)}"
         )
     unexpected = sorted(found.keys() - set(frames))
     if unexpected and RANK == 0:
         warn(f"{result_dir}: ignored, not of this split: {first_five(unexpected)}")
-    return {frame: pick_equal(found[frame]) for frame in frames}
+    logits = {frame: pick_equal(found[frame]) for frame in frames}
+    halves = [path.name for path in logits.values() if path.suffix == ".bin" and path.stat().st_size == 2 * LOGITS_SIZE]
+    if 0 < len(halves) < len(logits):
+        raise InputError(f"{result_dir}: float16 among float32 logits, or truncated ones: {first_five(halves)}")
+    return logits
 
 
 def pick_equal(paths: list[Path]) -> Path:
@@ -211,7 +216,7 @@ def read_label(path: Path) -> np.ndarray:
     The checksums are checked too, which decoding alone does not.
 
     Raises:
-        InputError: it is damaged, or not a PNG of label ids.
+        InputError: it is damaged, too large, or not a PNG of label ids.
     """
     try:
         with path.open("rb") as file:
@@ -222,8 +227,7 @@ def read_label(path: Path) -> np.ndarray:
             image = Image.open(file, formats=["PNG"])
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
-        reason = getattr(error, "strerror", None) or f"not a complete PNG: {error}"
-        raise InputError(f"{path}: {reason}") from None
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
     if image.mode != "L":
         raise InputError(f"{path}: found mode {image.mode}, expected L: one 8-bit label id per pixel")
     label = np.asarray(image)

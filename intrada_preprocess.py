@@ -79,10 +79,9 @@ def read_image(path: Path) -> Image.Image:
             image = Image.open(file, formats=["PNG"])
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
-        reason = getattr(error, "strerror", None) or f"not a complete PNG: {error}"
-        raise InputError(f"{path}: {reason}") from None
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
     if image.mode != "RGB":
-        raise InputError(f"{path}: found mode {image.mode}, expected RGB; is it from leftImg8bit?")
+        raise InputError(f"{path}: found mode {image.mode}, expected RGB; convert it first")
     return image
 
 

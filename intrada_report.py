@@ -181,17 +181,14 @@ def read_options(args: Any) -> dict[str, str]:
 
 
 def add_summaries(runs: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add each run's summary, and a name: what ran, and where two would have one name their folders and files too.
+    """Add each run's summary, `<result_dir>_summary.json`, and a name.
 
-    A run's summary is `<result_dir>_summary.json`, or the only one of that file name if no other run could be meant.
+    The name is what ran; where two runs would have one name, with their folders and files.
     """
-    wanted = [Path(f"{Path(run['result_dir'])}_summary.json") for run in runs]
+    by_path = {summary["path"].resolve(): summary for summary in summaries}
     named = []
-    for run, path in zip(runs, wanted):
-        found = [summary for summary in summaries if summary["path"].name == path.name]
-        exact = [summary for summary in found if summary["path"] == path]
-        alone = len(found) == 1 and len({other for other in wanted if other.name == path.name}) == 1
-        summary = exact[0] if exact else found[0] if alone else None
+    for run in runs:
+        summary = by_path.get(Path(f"{Path(run['result_dir'])}_summary.json").resolve())
         name = summary["name"] if summary else f"{run['result_dir']}, model unknown"
         named.append({**run, "summary": summary, "name": name})
     for key in ("result_dir", "path"):
@@ -239,7 +236,7 @@ def read_png(path: Path) -> Image.Image:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
     except Exception as error:  # Pillow raises many kinds for a damaged PNG
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or f'not a complete PNG: {error}'}") from None
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
     return image
 
 

@@ -148,7 +148,7 @@ def test_a_batch_size_that_fails_is_a_row_with_its_reason_below_and_the_others_g
 @pytest.mark.parametrize(
     ("args", "settings", "reason"),
     [
-        (["x", 1, "--device", "0,1"], {"FAKE_AIS_BENCH_DEAD": "1"}, "found 1 summaries for 2 devices"),
+        (["x", 1, "--device", "0,1"], {"FAKE_AIS_BENCH_DEAD": "1"}, "summaries in perf: 1, devices: 2"),
         (["x", 1], {"FAKE_AIS_BENCH_HALF": "1"}, "perf/bs1_summary.json"),
         (["x", 4, "--input", "prep"], {"form": "earliest"}, f"1 of 5 frames lack an output: {FRAMES[4]}"),
     ],

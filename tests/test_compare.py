@@ -108,7 +108,9 @@ def test_the_verdict_is_of_each_frame_and_output_at_huawei_s_limits(tmp_path, ca
     comparison_of(tmp_path, status=1 if failures else 0)
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert verdict.startswith("FAIL" if failures else "PASS")
-    found = [part for part in verdict.split(": ", 2)[-1].split("; ") if part.startswith("output ")]
+    found = [
+        part for part in verdict[len("FAIL: ") :].partition(" (limits")[0].split("; ") if part.startswith("output ")
+    ]
     assert len(found) == len(failures)
     for part, failure in zip(found, failures):
         assert part.startswith(f"output {output}: {failure}") and part.endswith(name)

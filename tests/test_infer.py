@@ -271,7 +271,7 @@ def test_zeros_are_timed_as_often_as_loop_requires_and_their_logits_are_not_save
     for loop in (5, 2):  # never kept
         args = ["--model", "x.onnx", "--output", "perf", "--output_dirname", "bs4", "--batchsize", "4"]
         intrada_infer.main([*args, "--loop", str(loop)])
-        assert f"zeros: {loop} runs, " in capsys.readouterr().out
+        assert f"runs on zeros: {loop}, " in capsys.readouterr().out
         assert [path.name for path in Path("perf").iterdir()] == ["bs4_summary.json"]
         summary = json.loads(Path("perf/bs4_summary.json").read_text())
         assert summary["NPU_compute_time"]["count"] == loop

@@ -483,6 +483,14 @@ def test_labels_and_images_that_do_not_match_are_counted_and_five_are_named(tmp_
     assert [f"ulm_000000_{n:06}" in message for n in range(7)] == [False, True, True, True, True, True, False]
 
 
+def test_float16_among_float32_logits_is_refused_as_truncated(tmp_path):
+    for n in range(2):
+        add_frame(tmp_path, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.zeros((65, 129), int))
+    path = tmp_path / "r" / "ulm_000000_000001_leftImg8bit_1.bin"
+    path.write_bytes(path.read_bytes()[:318630])  # half of the file, the size of all of it in float16
+    assert refusal(postprocess, tmp_path, tmp_path / "r").endswith(f": {path.name}")
+
+
 def test_the_same_frame_of_two_devices_counts_once_if_equal_and_is_refused_if_not(quarter):
     for device in ("device0_0", "device1_1"):
         (quarter / "r" / device).mkdir()
@@ -541,15 +549,15 @@ def test_damaged_logits_are_reported(quarter, ending, content, word):
     [
         (Image.fromarray(np.array([[0, 1, 255, 35]], np.uint8)), "255"),
         (Image.new("RGB", (8, 8)), "RGB"),
-        (Image.new("L", (8, 8)), "not a complete PNG"),
-        (Image.new("L", (8, 300)), "decompression bomb"),
+        (Image.new("L", (8, 8)), "not a PNG"),
+        (Image.new("L", (8, 300)), "too large"),
     ],
     ids=["no_label_id", "rgb", "cut", "bomb"],
 )
 def test_labels_that_are_no_label_ids_are_reported(quarter, monkeypatch, image, word):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     image.save(quarter / LABEL)
-    if word == "not a complete PNG":
+    if word == "not a PNG":
         (quarter / LABEL).write_bytes((quarter / LABEL).read_bytes()[:-20])
     message = refusal(postprocess, quarter, quarter / "r")
     assert LABEL in message and word in message

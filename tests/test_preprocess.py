@@ -88,7 +88,7 @@ def test_damaged_images_are_all_named_and_the_others_converted(tmp_path):
     flipped.write_bytes(whole[:110655] + bytes([whole[110655] ^ 1]) + whole[110656:])  # Pillow decodes it silently
     message = refusal(preprocess, tmp_path, tmp_path / "prep")
     assert message.startswith("5 of 6 images ")
-    assert all(f"{path}: not a complete PNG: " in message for path in (cut, jpeg, bomb, flipped))
+    assert all(f"{path}: damaged" in message for path in (cut, jpeg, bomb, flipped))
     assert f"{grey}: found mode L, expected RGB" in message
     assert [path.name for path in (tmp_path / "prep").iterdir()] == ["ulm_0_leftImg8bit.bin"]
 
