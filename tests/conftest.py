@@ -11,6 +11,9 @@ from typing import NamedTuple
 import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the tests import onnxruntime themselves
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # torch's threads would spin while pytest-xdist's other process works
 
 from support import ROOT, ascend_environment, read_blocks
 

@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     graph = helper.make_graph(nodes, "g", [image], outputs, initializers)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6), "x.onnx")
     for batch in (1, 4):
-        Path(f"x_bs{batch}.om").write_text(json.dumps({"onnx": "x.onnx", "batch": batch}))
+        Path(f"x_bs{batch}.om").write_text(json.dumps({"onnx": "x.onnx", "batch": batch, "frame_shape": [3, *size]}))
     Path("prep").mkdir()
     Path("data").mkdir()
     for frame in FRAMES:

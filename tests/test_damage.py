@@ -27,7 +27,7 @@ from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, ROOT, golden_logits, 
 
 SOAK = bool(os.environ.get("SOAK"))
 IMAGE, LABEL = sorted(GOLDEN_DATA_DIR.rglob("*.png"), reverse=True)
-KILLS = 20 if SOAK else 2
+KILLS = 20 if SOAK else 1
 MOMENTS = random.Random(None if SOAK else 0)
 
 

@@ -85,8 +85,14 @@ def test_an_old_python_gives_the_golden_results(tmp_path, environment):
     assert "best" in printed
 
 
-@pytest.mark.parametrize("python", [sys.executable, pytest.param(OLD_PYTHON, marks=NEEDS_OLD_PYTHON)])
-@pytest.mark.parametrize("script", ["preprocess", "postprocess"])
+@pytest.mark.parametrize(
+    ("script", "python"),
+    [
+        ("preprocess", sys.executable),
+        pytest.param("preprocess", OLD_PYTHON, marks=NEEDS_OLD_PYTHON),
+        pytest.param("postprocess", OLD_PYTHON, marks=NEEDS_OLD_PYTHON),
+    ],
+)
 def test_ctrl_c_ends_a_run_early(tmp_path, environment, script, python):
     frames, output = 500, tmp_path / "output"
     for n in range(frames):

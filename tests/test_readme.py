@@ -199,10 +199,11 @@ def test_make_clean_keeps_what_was_made_of_own_data(tmp_path):
 
 
 def test_a_failed_set_up_leaves_nothing_behind(tmp_path):
-    for name in ("Makefile", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "requirements-dev.txt").write_text("no_such_folder/\n")
-    (tmp_path / "constraints.txt").write_text("")
-    done = subprocess.run(["make", "setup"], cwd=tmp_path, capture_output=True, text=True)
+    python = tmp_path / "python"  # makes an environment in which pip fails
+    python.write_text("#!/bin/sh\nmkdir -p .venv/bin\nln -s /bin/false .venv/bin/python\n")
+    python.chmod(0o755)
+    done = subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert not (tmp_path / ".venv").exists()

@@ -16,6 +16,7 @@ whose summary is truncated, FAKE_AIS_BENCH_STOP one at which the user presses Ct
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -24,11 +25,9 @@ import stat
 import sys
 import time
 from pathlib import Path
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+from typing import Any
 
 import numpy as np
-import onnxruntime
 
 FORM = ["earliest", "old", "new", "newest"].index(os.environ.get("FAKE_AIS_BENCH", "newest"))
 OLD, NEW, NEWEST = 1, 2, 3
@@ -78,24 +77,31 @@ def group_inputs(paths: list[Path], model_bytes: int) -> list[list[Path]]:
     return groups if FORM >= OLD else [group for group in groups if len(group) == count]
 
 
-def compute(session: onnxruntime.InferenceSession, path: Path) -> list[np.ndarray]:
+@functools.lru_cache
+def load_model(path: str) -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime  # only where something is computed
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def compute(about: dict, path: Path) -> list[np.ndarray]:
     if "FAKE_AIS_BENCH_KNOWN" in os.environ:
         known = Path(os.environ["FAKE_AIS_BENCH_KNOWN"])
         logits = [np.fromfile(known / f"{path.stem}_{i}.bin", "<f4") for i in (0, 1)]
         return [values.astype("<f2").astype("<f4") for values in logits]
-    image = session.get_inputs()[0]
-    return session.run(None, {image.name: np.fromfile(path, "<f4").reshape(1, *image.shape[1:])})
+    return load_model(about["onnx"]).run(None, {"image": np.fromfile(path, "<f4").reshape(1, *about["frame_shape"])})
 
 
-def infer(
-    session: onnxruntime.InferenceSession, groups: list[list[Path]], folder: Path | None, args: argparse.Namespace
-) -> None:
+def infer(about: dict, groups: list[list[Path]], folder: Path | None, args: argparse.Namespace) -> None:
     """Infer on one device into a folder, and write the summary beside it; zeros are one empty group."""
     filesinfo = {}
     for n, group in enumerate(groups):
         filesinfo[str(n)] = {"infiles": [str(path) for path in group] or ["pure_infer_data"], "outfiles": []}
         for path in group:
-            for i, logits in enumerate(compute(session, path)):
+            for i, logits in enumerate(compute(about, path)):
                 if folder:
                     target = folder / f"{path.name.split('.')[0]}_{i}.bin"
                     logits.tofile(target)
@@ -129,10 +135,7 @@ def main() -> None:
     args = parse_args()
     check_path(Path(args.model))
     about = json.loads(Path(args.model).read_text())
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(about["onnx"], options, providers=["CPUExecutionProvider"])
-    model_bytes = 4 * about["batch"] * int(np.prod(session.get_inputs()[0].shape[1:]))
+    model_bytes = 4 * about["batch"] * int(np.prod(about["frame_shape"]))
     inputs = find_inputs(Path(args.input)) if args.input else []
     folder = make_folder(Path(args.output), args.output_dirname) if args.output else None
     if os.environ.get("FAKE_AIS_BENCH_STOP") == str(args.batchsize):
@@ -150,7 +153,7 @@ def main() -> None:
         if folder and len(devices) > 1:
             place = folder / (f"device{device}_{n}" if FORM >= NEW else f"device{device}")
             place.mkdir(exist_ok=True)
-        infer(session, groups, place, args)
+        infer(about, groups, place, args)
 
 
 main()
