@@ -69,7 +69,7 @@ def test_an_old_python_gives_the_golden_results(tmp_path, environment):
     # ais_bench's stand-in runs on this Python, with a small model, and writes the golden logits
     save_two_channel_model(tmp_path / "x.onnx")
     (tmp_path / "x_bs1.om").write_text(
-        json.dumps({"onnx": str(tmp_path / "x.onnx"), "batch": 1, "frame_shape": [3, 512, 1024]})
+        json.dumps({"onnx": str(tmp_path / "x.onnx"), "batch": 1, "frame_shape": [3, 4, 6]})
     )
     (prep / f"{GOLDEN_FRAME}_leftImg8bit.bin").write_bytes(bytes(4 * 3 * 4 * 6))
     ascend = ascend_environment(**{**environment, "FAKE_AIS_BENCH_KNOWN": str(result)})
