@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import fcntl
+import io
 import json
 import os
 import sys
@@ -219,13 +220,13 @@ def read_label(path: Path) -> np.ndarray:
         InputError: it is damaged, too large, or not a PNG of label ids.
     """
     try:
-        with path.open("rb") as file:
-            image = Image.open(file, formats=["PNG"])
-            if path.name.endswith(IMAGE_ENDING):
+        if path.name.endswith(IMAGE_ENDING):
+            with Image.open(path, formats=["PNG"]) as image:
                 return np.zeros(image.size[::-1], np.uint8)
-            image.verify()
-            image = Image.open(file, formats=["PNG"])
-            image.load()
+        content = path.read_bytes()
+        Image.open(io.BytesIO(content), formats=["PNG"]).verify()
+        image = Image.open(io.BytesIO(content), formats=["PNG"])
+        image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
     if image.mode != "L":
