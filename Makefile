@@ -32,7 +32,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the pinned packages, once
 
 $(STAMP): requirements.txt requirements-dev.txt $(CONSTRAINTS)
-	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	test -f $@ || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS) \
 		|| { test -f $@ || rm -rf $(VENV); exit 1; }
 	@touch $@

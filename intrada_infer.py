@@ -186,7 +186,7 @@ def find_frames(args: argparse.Namespace, model: Model, folder: Path | None) -> 
 
 
 def holds_frame(path: Path, shape: tuple[int, ...]) -> bool:
-    """Tell by its size, or by its header, whether a file holds one frame."""
+    """Return, by its size or its header, whether a file holds one frame."""
     if path.suffix.lower() == ".bin":
         return path.stat().st_size == 4 * int(np.prod(shape))
     try:
@@ -324,7 +324,7 @@ def digest(path: Path) -> str:
 
 
 def is_complete(frame: Frame, model: Model) -> bool:
-    """Tell whether all outputs of a frame are there in their full size."""
+    """Return whether all outputs of a frame are there in their full size."""
     for target, shape in zip(frame.targets, model.output_shapes):
         size = 4 * int(np.prod(shape)) + (NPY_HEADER if target.suffix == ".npy" else 0)
         if not target.exists() or target.stat().st_size != size:
