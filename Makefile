@@ -54,14 +54,14 @@ run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and
 		--perf "$(OUT)/result/$(RUN)_summary.json" --output "$(REPORT)"
 	@echo "report: file://$$(realpath "$(REPORT)")"
 
-$(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py intrada_pth2onnx.py | $(STAMP)
+$(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py tests/tiny_fit.npz intrada_pth2onnx.py | $(STAMP)
 	$(BIN)/python tests/tiny_cityscapes.py "$(TINY)"
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
-soak: $(STAMP)  ## damage and kill at random, for minutes
-	SOAK=1 $(BIN)/python -m pytest -rP tests/test_damage.py
+soak: $(STAMP)  ## the tests that take minutes: damage and kill at random, fit the tiny checkpoint
+	SOAK=1 $(BIN)/python -m pytest -rP tests/test_damage.py tests/test_tiny_cityscapes.py
 
 browser:  ## install Debian's Chromium, in which the tests open the report (as root)
 	apt-get update -qq

@@ -6,7 +6,8 @@
     OUT/tiny_intrada.pth                                 state dict of DeepLabV2, 640 tensors, FP32, about 180 MB
 
 The checkpoint is a random network whose two heads are fitted to these three frames. It shows that the stages fit
-together, since a mistake in one of them lowers the mIoU; on any other image it means nothing.
+together, since a mistake in one of them lowers the mIoU; on any other image it means nothing. What was fitted is in
+tiny_fit.npz, float16; --fit writes that again, after a change of the scenes or of the network.
 
     $ python3 tests/tiny_cityscapes.py OUT
     OUT: 3 frames, 19 classes, checkpoint tiny_intrada.pth
@@ -36,6 +37,7 @@ HORIZON, FOCAL, EYE = 400, 1000, 1.6  # row, pixels, metres above the road: the 
 SEED = 0
 BRANCH_GAIN, LOGIT_SCALE, RIDGE = 0.2, 10, 1e-4
 CHECKPOINT = "tiny_intrada.pth"
+FIT = Path(__file__).resolve().with_name("tiny_fit.npz")
 
 #    class           labelId  grain: blocks of width x height pixels, strength; train ids 0..18 come first
 CLASSES = {
@@ -349,19 +351,26 @@ def preprocess(frame_hwc: np.ndarray) -> torch.Tensor:
 
 
 def make_network() -> DeepLabV2:
-    """Build the network with random weights and quiet residual branches, so that color and place get through."""
-    network, generator = DeepLabV2().train(), torch.Generator().manual_seed(SEED)
+    """Build the network with random weights and quiet residual branches, so that color and place get through.
+
+    Its heads are zero until they are fitted.
+    """
+    network, generator = DeepLabV2(), torch.Generator().manual_seed(SEED)
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             module.weight.normal_(0, math.sqrt(2 / module.weight[0].numel()), generator=generator)
         elif isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # its running statistics are those of the frames alone
             nn.init.constant_(module.weight, BRANCH_GAIN if name.endswith("bn3") else 1)
+    for parameter in [*network.layer5.parameters(), *network.layer6.parameters()]:
+        nn.init.zeros_(parameter)
     return network
 
 
 def compute_features(network: DeepLabV2, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute what the auxiliary and the main head see; the batch norms take their statistics on the way."""
+    for module in network.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # its running statistics are those of these images alone
     x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
     features = network.layer3(network.layer2(network.layer1(x)))
     return features, network.layer4(features)
@@ -392,7 +401,6 @@ def fit_head(head: Classifier, features: torch.Tensor, truths: torch.Tensor, bal
     """Write ridge regression from features to logits into the centre tap of the head's first convolution.
 
     Args:
-        head: all else in it becomes zero.
         features: (N, C, 65, 129) float32.
         truths: (N, 1024, 2048) int64.
         balance: a class that is k times rarer than another weighs k ** balance times more.
@@ -406,16 +414,21 @@ def fit_head(head: Classifier, features: torch.Tensor, truths: torch.Tensor, bal
     gram = (samples.T @ samples).double()
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     solution = torch.linalg.solve(gram, (samples.T @ (logits * root)).double()).float()
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
     head.conv2d_list[0].weight[:, :, 1, 1] = solution[:-1].T
     head.conv2d_list[0].bias[:] = solution[-1]
 
 
-def write_checkpoint(network: DeepLabV2, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    torch.save(dict(network.state_dict()), part)
-    os.replace(part, path)
+def fit(network: DeepLabV2, canvases: dict[str, Canvas]) -> dict[str, np.ndarray]:
+    """Take the batch norms' statistics and fit both heads; return these values by their keys, float16."""
+    print("fitting both heads to the frames, which takes half a minute on two cores", file=sys.stderr)
+    images = torch.stack([preprocess(canvas.frame_hwc) for canvas in canvases.values()])
+    images = images.contiguous(memory_format=torch.channels_last)  # saves a quarter of the time
+    truths = torch.stack([make_truth(canvas.label) for canvas in canvases.values()])
+    auxiliary_features, main_features = compute_features(network, images)
+    fit_head(network.layer5, auxiliary_features, truths, balance=0.25)  # worse on purpose, to tell the two apart
+    fit_head(network.layer6, main_features, truths, balance=0.5)
+    fitted = ("running_mean", "running_var", "conv2d_list.0.weight", "conv2d_list.0.bias")
+    return {k: value.half().numpy() for k, value in network.state_dict().items() if k.endswith(fitted)}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -423,6 +436,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Make a tiny synthetic data set in Cityscapes' layout and a checkpoint that segments it."
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
+    parser.add_argument("--fit", action="store_true", help=f"fit the checkpoint again and write {FIT.name}")
     return parser.parse_args(argv)
 
 
@@ -432,20 +446,14 @@ def main(argv: list[str] | None = None) -> int:
     canvases = draw_scenes()
     for frame, canvas in canvases.items():
         write_frame(args.out, frame, canvas)
-    images = torch.stack([preprocess(canvas.frame_hwc) for canvas in canvases.values()])
-    images = images.contiguous(memory_format=torch.channels_last)  # saves a quarter of the time
-    truths = torch.stack([make_truth(canvas.label) for canvas in canvases.values()])
-
-    print(
-        "fitting both heads of a random network to these frames, which takes half a minute on two cores",
-        file=sys.stderr,
-    )
+    if args.fit:
+        np.savez_compressed(FIT, **fit(make_network(), canvases))
     network = make_network()
-    auxiliary_features, main_features = compute_features(network, images)
-    fit_head(network.layer5, auxiliary_features, truths, balance=0.25)  # worse on purpose, to tell the two apart
-    fit_head(network.layer6, main_features, truths, balance=0.5)
-    write_checkpoint(network, args.out / CHECKPOINT)
+    network.load_state_dict({key: torch.from_numpy(value) for key, value in np.load(FIT).items()}, strict=False)
 
+    part = args.out / f"{CHECKPOINT}.part"
+    torch.save(dict(network.state_dict()), part)
+    os.replace(part, args.out / CHECKPOINT)
     print(f"{args.out}: {len(canvases)} frames, {NUM_CLASSES} classes, checkpoint {CHECKPOINT}")
     return 0
 
