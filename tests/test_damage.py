@@ -154,14 +154,14 @@ def add_frames(folder: Path, count: int) -> None:
 
 
 def test_preprocess_killed_and_restarted(tmp_path):
-    add_frames(tmp_path, 20)
+    add_frames(tmp_path, 10)
     kill_and_restart(tmp_path / "prep", [ROOT / "intrada_preprocess.py", tmp_path, tmp_path / "prep"])
 
 
 def test_postprocess_killed_and_restarted(tmp_path):
-    add_frames(tmp_path, 20)
+    add_frames(tmp_path, 10)
     (tmp_path / "result").mkdir()
-    for n in range(20):
+    for n in range(10):
         logits = np.roll(golden_logits(), n, axis=0)
         logits.tofile(tmp_path / "result" / f"frankfurt_{n:06}_leftImg8bit_1.bin")
     labels = tmp_path / "labels"
@@ -171,10 +171,10 @@ def test_postprocess_killed_and_restarted(tmp_path):
 
 @pytest.fixture
 def infer(tmp_path) -> list[object]:
-    """The command that infers 300 frames, without the name of its --output_dirname."""
+    """The command that infers 100 frames, without the name of its --output_dirname."""
     save_two_channel_model(tmp_path / "x.onnx")
     (tmp_path / "prep").mkdir()
-    for n in range(300):
+    for n in range(100):
         np.full((3, 4, 6), n, "<f4").tofile(tmp_path / "prep" / f"frame_{n}.bin")
     args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path, "--loop", 50]
     return [ROOT / "intrada_infer.py", *args, "--output_dirname"]
