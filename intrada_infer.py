@@ -241,8 +241,11 @@ def prepare_folder(folder: Path, frames: list[Frame], model: Model, args: argpar
         inputs = {frame.stem: shares[n % RANKS][n // RANKS] for n, frame in enumerate(frames)}
         settings = {"model": str(args.model.resolve()), "provider": args.provider, "batchsize": args.batchsize}
         remove_outdated(folder, frames, {**settings, "model_sha256": model.sha256, "inputs": inputs}, args.overwrite)
+        summary = json_path(folder, "summary")
         if not all(is_complete(frame, model) for frame in frames):
-            json_path(folder, "summary").unlink(missing_ok=True)  # until this run writes its own
+            summary.unlink(missing_ok=True)  # until this run writes its own
+        elif not summary.exists():  # killed just before writing it: with one frame to infer, this run writes its own
+            frames[-1].targets[0].unlink()
     gather("the folder is ready")
 
 

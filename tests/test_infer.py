@@ -157,6 +157,16 @@ def test_what_exists_in_its_full_size_is_kept_whatever_its_time(model):
     assert "(5 inferred, 0 kept)" in infer("--batchsize", 2, "--overwrite")
 
 
+def test_a_run_killed_before_its_summary_gets_one_when_restarted(model):
+    save_frames(5)
+    infer()
+    first = results()
+    Path("result/r_summary.json").unlink()
+    assert "(1 inferred, 4 kept)" in infer()
+    assert read_json("summary")["throughput"] > 0
+    assert results() == first
+
+
 def test_only_frames_whose_input_has_changed_are_inferred_again(model):
     save_frames(5)
     infer()
