@@ -38,6 +38,7 @@ def walk(tmp_path_factory) -> Walk:
     folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.txt"), ROOT / "Makefile", ROOT / "tests"]:
         (folder / path.name).symlink_to(path)
+    (folder / "__pycache__").symlink_to(ROOT / "__pycache__")  # numba's machine code, compiled once for all tests
     for name, command in {"pip3": 'test -f "$3"', "make": '/usr/bin/make -n "$@" > /dev/null'}.items():
         (tools / name).write_text(f"#!/bin/sh\n{command}\n")
         (tools / name).chmod(0o755)

@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import intrada_benchmark
+import intrada_postprocess
 from support import add_frame, ascend_environment, error_of, refusal, run, shift_mtime
 
 SCRIPT = "intrada_benchmark.py"
@@ -63,7 +64,8 @@ def commands_of(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def miou_of(result: str) -> str:
-    return re.search(r"^mIoU = ([\d.]+)", run("intrada_postprocess.py", "data", result).stdout, re.MULTILINE)[1]
+    intrada_postprocess.main(["data", result, "--json", "m.json"])
+    return f"{100 * json.loads(Path('m.json').read_text())['miou']:.2f}"
 
 
 def test_the_table_of_an_ascend_host(folder):
