@@ -32,12 +32,11 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the pinned packages, once
 
 $(STAMP): requirements.txt requirements-dev.txt $(CONSTRAINTS)
-	test -f $@ || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS) \
-		|| { test -f $@ || rm -rf $(VENV); exit 1; }
+	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS)
 	@touch $@
 
-ifneq ($(and $(filter run,$(MAKECMDGOALS)),$(or $(and $(DATA),$(if $(WEIGHTS),,x)),$(and $(WEIGHTS),$(if $(DATA),,x)))),)
+ifneq ($(if $(DATA),x),$(if $(WEIGHTS),x))
 $(error DATA= and WEIGHTS= go together)
 endif
 
@@ -60,7 +59,7 @@ $(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py tests/tiny_fit.npz intrada_pt
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
-soak: $(STAMP)  ## the tests that take minutes: damage and kill at random, fit the tiny checkpoint
+soak: $(STAMP)  ## slow tests: random bit flips and kills, the tiny checkpoint fitted again
 	SOAK=1 $(BIN)/python -m pytest -rP tests/test_damage.py tests/test_tiny_cityscapes.py
 
 browser:  ## install Debian's Chromium, in which the tests open the report (as root)
@@ -72,9 +71,9 @@ lint: $(STAMP)  ## check style and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck .ci/run $(wildcard *.sh)
 
-bench: $(STAMP)  ## time each stage beside the plain way
+bench: $(STAMP)  ## time each stage against a straightforward loop
 	$(BIN)/python benchmarks/bench.py
 
-clean:  ## remove .venv, caches and the tiny data set's output; what DATA= made stays
+clean:  ## remove .venv, caches and the tiny data set's output, not that of runs with DATA=
 	rm -rf .venv .venv-oldest out/tiny .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__
 	@rmdir out 2>/dev/null || true

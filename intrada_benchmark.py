@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def model_path(model: str, batch_size: int) -> str:
 
 
 def script_path(script: str) -> str:
-    """Name a script beside this one; its command is run, nothing of it is imported."""
+    """Return the path of a script in this one's folder."""
     return str(Path(sys.argv[0]).with_name(script))
 
 
@@ -227,7 +226,7 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
 def read_end_to_end(result: Path, frames: int) -> float | None:
     """Read intrada_infer.py's own figure; None if its last run did not infer all frames, as after a restart."""
     path = json_path(result, "summary")
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"filesinfo": {}}
+    summary = json.loads(path.read_text(encoding="utf-8"))
     inferred = sum(len(group["infiles"]) for group in summary["filesinfo"].values())
     return summary["end_to_end_throughput"] if inferred == frames else None
 
@@ -265,7 +264,7 @@ def report(rows: list[dict], markdown: Path | None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename, so that the name always means a complete file; a link, device or pipe is written to.
+    """Write a file that is complete whenever it has its name; a link, device or pipe is written to in place.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -289,17 +288,12 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def model_prefix(text: str) -> str:
-    """Read MODEL_PREFIX; the name of one of its files is understood too."""
-    return re.sub(r"_bs\d+\.om$", "", text)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Measure speed and mIoU at several batch sizes, by ais_bench (.om) or intrada_infer.py (.onnx)."
     )
     add = parser.add_argument
-    add("model", metavar="MODEL_PREFIX", type=model_prefix, help="of MODEL_PREFIX_bs1.om, _bs4.om, ...; or an .onnx")
+    add("model", metavar="MODEL_PREFIX", help="of MODEL_PREFIX_bs1.om, _bs4.om, ...; or an .onnx")
     add("batch_sizes", metavar="BS", nargs="*", type=at_least_one, default=BATCH_SIZES,
         help=f"batch sizes (default: {' '.join(map(str, BATCH_SIZES))})")  # fmt: skip
     add("--loop", metavar="N", type=at_least_one, default=50, help="runs of the speed test (default: %(default)s)")

@@ -18,16 +18,16 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 LOGITS_SHAPE = 19, 65, 129
 LOGITS_SIZE = 19 * 65 * 129
 
 # Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer, Computation Accuracy Evaluation Indicators.
-LEAST_COSINE, LARGEST_DISTANCE = 0.99, 0.05
+MIN_COSINE, MAX_DISTANCE = 0.99, 0.05
 
 # Which of the frames' values is the worst.
 WORST = {"cosine": min, "relative_distance": max, "largest_difference": max, "agreement": min}
@@ -44,8 +44,8 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Pa
         Both files of each `<frame>_<output>`, sorted by name.
 
     Raises:
-        InputError: it is the same folder, there are no files, one of them has files that the other has not, or a frame
-            lacks an output in both.
+        InputError: it is the same folder, there are no files, a file is missing from one of them, or a frame lacks an
+            output in both.
     """
     results, baselines = find_logits(result_dir), find_logits(baseline_dir)
     if result_dir.samefile(baseline_dir):
@@ -112,7 +112,7 @@ def read_logits(path: Path) -> np.ndarray:
 def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """Compare two outputs of a frame.
 
-    `cosine` is the cosine similarity; `relative_distance` the Euclidean distance by the baseline's length;
+    `cosine` is the cosine similarity; `relative_distance` the Euclidean distance by the baseline's norm;
     `largest_difference` the largest absolute difference; `agreement` the share of the grid points at which the same
     class has the largest logit. Where an output is all zeros, and so has no direction, equal ones have cosine 1 and
     distance 0, others 0 and 1.
@@ -121,11 +121,11 @@ def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
         result, baseline: (19, 65, 129) float64, finite.
     """
     difference = np.abs(result - baseline)
-    lengths = np.linalg.norm(result), np.linalg.norm(baseline)
+    norms = np.linalg.norm(result), np.linalg.norm(baseline)
     equal = not difference.any()
     return {
-        "cosine": float(np.vdot(result, baseline) / np.prod(lengths)) if all(lengths) else float(equal),
-        "relative_distance": float(np.linalg.norm(difference) / lengths[1]) if all(lengths) else float(not equal),
+        "cosine": float(np.vdot(result, baseline) / np.prod(norms)) if all(norms) else float(equal),
+        "relative_distance": float(np.linalg.norm(difference) / norms[1]) if all(norms) else float(not equal),
         "largest_difference": float(difference.max()),
         "agreement": float(np.mean(result.argmax(axis=0) == baseline.argmax(axis=0))),
     }
@@ -150,9 +150,9 @@ def find_failures(outputs: dict[str, dict]) -> list[str]:
     failures = []
     for output, stats in outputs.items():
         cosine, distance = stats["cosine"], stats["relative_distance"]
-        if cosine["worst"] < LEAST_COSINE:
+        if cosine["worst"] < MIN_COSINE:
             failures.append(f"output {output}: cosine similarity {cosine['worst']:.6g} at {cosine['worst_frame']}")
-        if distance["worst"] > LARGEST_DISTANCE:
+        if distance["worst"] > MAX_DISTANCE:
             failures.append(f"output {output}: relative distance {distance['worst']:.6g} at {distance['worst_frame']}")
     return failures
 
@@ -164,13 +164,13 @@ def format_report(frames: int, outputs: dict[str, dict], failures: list[str]) ->
         for measure, stats in measures.items():
             name = f"{output:<8}{measure.replace('_', ' '):<20}"
             lines.append(f"{name}{stats['worst']:>12.6f}{stats['mean']:>12.6f}  {stats['worst_frame']}")
-    limits = f"cosine similarity at least {LEAST_COSINE}, relative distance at most {LARGEST_DISTANCE}"
+    limits = f"cosine similarity at least {MIN_COSINE}, relative distance at most {MAX_DISTANCE}"
     verdict = f"FAIL: {'; '.join(failures)} (limits: {limits})" if failures else f"PASS: {limits} everywhere"
     return "\n".join([*lines, f"\nframes: {frames}", f"\n{verdict}"])
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write beside, then rename, so that the name always means a complete file; a link, device or pipe is written to.
+    """Write a file that is complete whenever it has its name; a link, device or pipe is written to in place.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -188,15 +188,6 @@ def write_json(path: Path, content: dict) -> None:
             part.unlink()
 
 
-def show_progress(pairs: dict[str, tuple[Path, Path]]) -> Iterable:
-    """Show a progress bar if stderr is a terminal and tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return pairs.items()
-    return tqdm(pairs.items(), unit="file", disable=None)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare two folders of logits of the same frames.")
     parser.add_argument("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, e.g. result/result_bs1")
@@ -211,7 +202,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     pairs = find_pairs(args.result_dir, args.baseline_dir)
-    measured = {name: measure(*map(read_logits, paths)) for name, paths in show_progress(pairs)}
+    progress = tqdm(pairs.items(), unit="file", disable=None)  # shown if stderr is a terminal
+    measured = {name: measure(*map(read_logits, paths)) for name, paths in progress}
     outputs = summarise(measured)
     failures = find_failures(outputs)
     frames = len({name.rpartition("_")[0] for name in pairs})

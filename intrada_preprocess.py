@@ -33,9 +33,8 @@ MEAN_BGR = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32
 
 # Set by torchrun; without it this is the only process.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS, RANKS_HERE = (
-    int(TORCHRUN.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-)
+RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
 
 
 class InputError(Exception):
@@ -103,7 +102,7 @@ def to_input(image: Image.Image) -> np.ndarray:
 
 
 def write_file(path: Path, content: np.ndarray) -> None:
-    """Write beside, then rename, so that a name always means a complete file; 0644 whatever the umask.
+    """Write a file that is complete whenever it has its name; 0644 whatever the umask.
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -192,7 +191,7 @@ def keep_memory() -> None:
 def count_cpus() -> int:
     """Count the CPUs this process may use, shared with the other ranks on this host."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // RANKS_HERE)
+    return max(1, allowed // LOCAL_WORLD_SIZE)
 
 
 def at_least_one(text: str) -> int:
@@ -217,9 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     images = find_images(args.data_dir, args.split)
     prepare_folder(args.save_dir, images)
     keep_memory()
-    share = images[RANK::RANKS]
+    share = images[RANK::WORLD_SIZE]
     convert_all(share, args.save_dir, args.workers or count_cpus())
-    by_rank = f" by rank {RANK} of {RANKS}" if RANKS > 1 else ""
+    by_rank = f" by rank {RANK} of {WORLD_SIZE}" if WORLD_SIZE > 1 else ""
     print(f"frames written to {args.save_dir}{by_rank}: {len(share)} of {len(images)}")
     return 0
 

@@ -9,8 +9,8 @@
 
 The summary of a run is the --perf file called <name of its RESULT_DIR>_summary.json.
 
-   $ python3 intrada_report.py metrics_bs1.json --labels labels_bs1 --data /data/cityscapes --output report.html
-   report.html: 1 run, 500 frames, 8.4 MB
+   $ python3 intrada_report.py metrics_bs1.json --labels labels_bs1 --data cityscapes --output report.html
+   report.html: 1 run, 3 frames, 0.6 MB
 """
 
 from __future__ import annotations
@@ -617,7 +617,7 @@ def render(runs: list[dict[str, Any]], summaries: list[dict[str, Any]], frames: 
 
 
 def write_page(path: Path, content: bytes) -> None:
-    """Write beside, then rename, so that the name always means a complete page; a link, device or pipe is written to.
+    """Write a page that is complete whenever it has its name; a link, device or pipe is written to in place.
 
     Raises:
         InputError: it cannot be written, as on a full disk.

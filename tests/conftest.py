@@ -11,9 +11,8 @@ from typing import NamedTuple
 import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the tests import onnxruntime themselves
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # torch's threads would spin while pytest-xdist's other process works
+# Or torch's threads would spin while pytest-xdist's other process works.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from support import ROOT, ascend_environment, read_blocks
 
@@ -33,7 +32,7 @@ class Walk(NamedTuple):
 def walk(tmp_path_factory) -> Walk:
     """Run README.md in a folder with the project's files and the tiny data set; an Ascend host's tools are stand-ins.
 
-    pip3 installs nothing, and make only plans.
+    pip3 is a stub, and make runs with -n.
     """
     folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.txt"), ROOT / "Makefile", ROOT / "tests"]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def run(script: str, *args: object, status: int = 0, **options: object) -> subprocess.CompletedProcess:
-    """Start a script as a user does and hold its exit status against the expected one."""
+    """Start a script as a user does and check its exit status."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == status, done.stdout + done.stderr
@@ -34,7 +34,7 @@ def run(script: str, *args: object, status: int = 0, **options: object) -> subpr
 
 
 def error_of(script: str, *args: object) -> str:
-    """Return the one line with which a script reports a user's mistake, without its own name."""
+    """Return the one-line error message of a script, without its `SCRIPT: error: `."""
     stderr = run(script, *args, status=1).stderr
     start = f"{script}: error: "
     assert stderr.startswith(start), stderr

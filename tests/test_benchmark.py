@@ -210,15 +210,6 @@ def test_a_full_disk_leaves_the_old_markdown_and_no_part_of_the_new(folder):
     assert len(rows_of(done)) == 1  # what was measured is not lost
 
 
-def test_one_of_the_files_may_be_given_for_model_prefix(folder, capsys):
-    printed = []
-    for prefix in ("x", "x_bs1.om"):
-        intrada_benchmark.main([prefix, "1", "4", "--input", "prep", "--dry_run"])
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
-    assert "--model x_bs4.om" in printed[0]
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -29,10 +29,10 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from intrada_pth2onnx import HEIGHT, LOGITS_HEIGHT, LOGITS_WIDTH, NUM_CLASSES, WIDTH, Classifier, DeepLabV2
+from intrada_preprocess import to_input
+from intrada_pth2onnx import LOGITS_HEIGHT, LOGITS_WIDTH, NUM_CLASSES, Classifier, DeepLabV2
 
 FRAME_HEIGHT, FRAME_WIDTH = 1024, 2048
-MEAN_BGR = 104.00698793, 116.66876762, 122.67891434
 HORIZON, FOCAL, EYE = 400, 1000, 1.6  # row, pixels, metres above the road: the camera that sees the scenes
 SEED = 0
 BRANCH_GAIN, LOGIT_SCALE, RIDGE = 0.2, 10, 1e-4
@@ -343,13 +343,6 @@ def write_frame(out: Path, frame: str, canvas: Canvas) -> None:
         Image.fromarray(pixels).save(path)
 
 
-def preprocess(frame_hwc: np.ndarray) -> torch.Tensor:
-    """Turn an image into the network's input, (3, 512, 1024) float32, BGR minus mean."""
-    resized = Image.fromarray(frame_hwc).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    image_hwc = np.asarray(resized, np.float32)[:, :, ::-1] - np.array(MEAN_BGR, np.float32)
-    return torch.from_numpy(image_hwc).permute(2, 0, 1)
-
-
 def make_network() -> DeepLabV2:
     """Build the network with random weights and quiet residual branches, so that color and place get through.
 
@@ -380,7 +373,7 @@ def make_truth(label: np.ndarray) -> torch.Tensor:
     """Turn labelIds into train ids 0..18, (1024, 2048) int64; 19 where there is no class."""
     train_ids = np.full(256, NUM_CLASSES)
     train_ids[TRAIN_LABEL_IDS] = range(NUM_CLASSES)
-    train_ids[CLASSES["ego vehicle"][0]] = 0  # as road: it is not scored, but unlearnt it would look like speckle
+    train_ids[CLASSES["ego vehicle"][0]] = 0  # as road: it is not scored, but untrained it would be predicted as noise
     return torch.from_numpy(train_ids[label])
 
 
@@ -421,7 +414,8 @@ def fit_head(head: Classifier, features: torch.Tensor, truths: torch.Tensor, bal
 def fit(network: DeepLabV2, canvases: dict[str, Canvas]) -> dict[str, np.ndarray]:
     """Take the batch norms' statistics and fit both heads; return these values by their keys, float16."""
     print("fitting both heads to the frames, which takes half a minute on two cores", file=sys.stderr)
-    images = torch.stack([preprocess(canvas.frame_hwc) for canvas in canvases.values()])
+    frames = [Image.fromarray(canvas.frame_hwc) for canvas in canvases.values()]
+    images = torch.from_numpy(np.stack([to_input(frame) for frame in frames]))
     images = images.contiguous(memory_format=torch.channels_last)  # saves a quarter of the time
     truths = torch.stack([make_truth(canvas.label) for canvas in canvases.values()])
     auxiliary_features, main_features = compute_features(network, images)
