@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import os
@@ -320,6 +321,10 @@ def main(argv: list[str] | None = None) -> int:
     stems = check_before_run(args)
     for folder in (PERF, RESULT):
         folder.mkdir(mode=0o750, exist_ok=True)  # the newest ais_bench rejects a more open one
+        try:
+            fcntl.flock(os.open(str(folder), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another benchmark is running here; start this one in another folder") from None
     rows = []
     try:
         for batch_size, commands in plans.items():

@@ -43,7 +43,7 @@ from tqdm import tqdm
 NPY_HEADER = 128  # bytes
 
 # Set by torchrun; without it this is the only process.
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+TORCHRUN = os.environ if os.environ.keys() >= {"TORCHELASTIC_RUN_ID", "WORLD_SIZE"} else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_RANK", 0)), int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
 
@@ -97,13 +97,16 @@ def load_model(args: argparse.Namespace) -> Model:
     if args.provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     settings = {"device_id": str(args.device)} if args.device and args.provider != "cpu" else {}
+    sha256 = digest(args.model)
     try:
         session = onnxruntime.InferenceSession(str(args.model), options, providers=[(names[args.provider], settings)])
     except Exception as error:  # onnxruntime's own exceptions share no other base
         raise InputError(f"{args.model}: --provider {args.provider} cannot run it: {one_line(error)}") from None
     if session.get_providers()[0] != names[args.provider]:
         raise InputError(f"--provider {args.provider}: onnxruntime took {session.get_providers()[0]} instead")
-    return Model(session, digest(args.model), *read_shapes(session, args.batchsize))
+    if digest(args.model) != sha256:
+        raise InputError(f"{args.model}: was replaced while it was loaded; run this again")
+    return Model(session, sha256, *read_shapes(session, args.batchsize))
 
 
 def read_shapes(session: onnxruntime.InferenceSession, batch: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -582,6 +585,8 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(args)
     folder = args.output and args.output / (args.output_dirname or time.strftime("%Y_%m_%d-%H_%M_%S"))
     frames = find_frames(args, model, folder) if args.input else []
+    if folder and not frames and json_path(folder, "model").exists():
+        raise InputError(f"{folder}: holds results, whose summary this would replace; pass another --output_dirname")
     join_ranks()
     if frames and folder:
         prepare_folder(folder, frames, model, args)

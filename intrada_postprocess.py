@@ -69,7 +69,7 @@ PALETTE = bytes.fromhex("".join(color[1:] for _, _, _, color in CLASSES))
 LARGEST_LABEL_ID = 34
 
 # Set by torchrun; without it this is the only process.
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+TORCHRUN = os.environ if os.environ.keys() >= {"TORCHELASTIC_RUN_ID", "WORLD_SIZE"} else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
 
@@ -98,7 +98,7 @@ def find_frames(args: argparse.Namespace) -> list[Frame]:
     data_dir, split = args.data_dir, args.split
     labels = find_by_frame(data_dir / "gtFine" / split, LABEL_ENDING)
     images = find_by_frame(data_dir / "leftImg8bit" / split, IMAGE_ENDING)
-    if labels and images and labels.keys() != images.keys():
+    if labels and (data_dir / "leftImg8bit" / split).is_dir() and labels.keys() != images.keys():
         unmatched = sorted(labels.keys() ^ images.keys())
         raise InputError(f"{data_dir}: frames of {split} with only one of image and label: {first_five(unmatched)}")
     if not labels and (needs_labels(args) or not images):

@@ -32,7 +32,7 @@ HEIGHT, WIDTH = 512, 1024
 MEAN_BGR = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)
 
 # Set by torchrun; without it this is the only process.
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+TORCHRUN = os.environ if os.environ.keys() >= {"TORCHELASTIC_RUN_ID", "WORLD_SIZE"} else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
 

@@ -126,7 +126,7 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
         InputError: the file is damaged, or holds anything but a state dict of tensors, which could run code.
     """
     try:
-        damaged = zipfile.ZipFile(weights).testzip() if zipfile.is_zipfile(weights) else None  # torch checks no CRC
+        damaged = find_damage(weights) if zipfile.is_zipfile(weights) else None
         checkpoint = None if damaged else torch.load(weights, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{weights}: {error.strerror or error}") from None
@@ -136,7 +136,7 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
             "not loaded"
         ) from None
     if damaged:
-        raise InputError(f"{weights}: damaged: the checksum of {damaged} does not match; copy or download it again")
+        raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
     if isinstance(checkpoint, dict):
         checkpoint = checkpoint.get("state_dict", checkpoint)
     if not isinstance(checkpoint, dict) or not all(
@@ -144,6 +144,13 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
     ):
         raise InputError(f"{weights}: expected a state dict of tensors, bare or under `state_dict`")
     return {key[len("module.") :] if key.startswith("module.") else key: value for key, value in checkpoint.items()}
+
+
+def find_damage(weights: Path) -> str | None:
+    """Name a damaged tensor of a zip; torch checks no CRC, and reads zeros for what is marked as a folder."""
+    with zipfile.ZipFile(weights) as file:
+        folders = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10 and not entry.is_dir()]
+        return folders[0] if folders else file.testzip()
 
 
 def load_network(weights: Path) -> DeepLabV2:
@@ -301,8 +308,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--skip_verify", action="store_true", help="do not compare ONNX Runtime with torch")
     args = parser.parse_args(argv)
-    if args.onnx.is_dir() or not args.onnx.parent.is_dir():
+    if not args.onnx.parent.is_dir() or (args.onnx.exists() and not args.onnx.is_file()):
         parser.error(f"{args.onnx}: ONNX must be a file path in an existing folder")
+    if args.onnx.resolve() == args.weights.resolve():
+        parser.error(f"{args.onnx}: ONNX must be another file than WEIGHTS")
     return args
 
 

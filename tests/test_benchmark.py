@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -191,6 +192,14 @@ def test_onnx_runtime_does_not_keep_ais_bench_s_results(folder):
     done = benchmark("x.onnx", 1, "--loop", 1, "--input", "prep", status=1)
     assert "model unknown" in done.stderr
     assert rows_of(done)[0][-1] == "FAILED"
+
+
+def test_two_benchmarks_do_not_share_a_folder(folder):
+    Path("perf").mkdir()
+    lock = os.open("perf", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert refusal(intrada_benchmark, "x.onnx", 1).startswith("perf: another benchmark")
+    os.close(lock)
 
 
 def test_ctrl_c_prints_what_was_measured(folder):

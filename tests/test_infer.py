@@ -21,7 +21,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import intrada_infer
-from support import ROOT, error_of, run, save_two_channel_model, shift_mtime
+from support import ROOT, error_of, refusal, run, save_two_channel_model, shift_mtime
 
 SCRIPT = "intrada_infer.py"
 
@@ -165,6 +165,15 @@ def test_a_run_killed_before_its_summary_gets_one_when_restarted(model):
     assert "(1 inferred, 4 kept)" in infer()
     assert read_json("summary")["throughput"] > 0
     assert results() == first
+
+
+def test_a_speed_test_does_not_replace_the_summary_of_results(model):
+    save_frames(2)
+    infer()
+    summary = read_json("summary")
+    message = refusal(intrada_infer, "--model", model, "--output", "result", "--output_dirname", "r")
+    assert message.startswith("result/r: holds results")
+    assert read_json("summary") == summary
 
 
 def test_only_frames_whose_input_has_changed_are_inferred_again(model):

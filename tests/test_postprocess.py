@@ -490,6 +490,11 @@ def test_float16_among_float32_logits_is_refused_as_truncated(tmp_path):
     assert refusal(postprocess, tmp_path, tmp_path / "r").endswith(f": {path.name}")
 
 
+def test_an_empty_image_folder_matches_no_label(quarter):
+    (quarter / "leftImg8bit" / "val").mkdir(parents=True)
+    assert refusal(postprocess, quarter, quarter / "r").endswith(f"only one of image and label: {FRAME}")
+
+
 def test_the_same_frame_of_two_devices_counts_once_if_equal_and_is_refused_if_not(quarter):
     for device in ("device0_0", "device1_1"):
         (quarter / "r" / device).mkdir()

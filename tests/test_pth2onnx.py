@@ -11,6 +11,7 @@ import re
 import resource
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -135,18 +136,23 @@ def test_weights_that_do_not_fit_are_named_by_kind(probe, tmp_path):
 
 
 def test_a_checkpoint_with_one_flipped_bit_is_refused(weights, tmp_path):
-    def flip() -> None:
-        with weights.open("r+b") as file:
-            file.seek(10**8)
-            byte = file.read(1)[0]
-            file.seek(10**8)
-            file.write(bytes([byte ^ 1]))
-
-    flip()
-    message = refusal(pth2onnx, weights, tmp_path / "x.onnx", "--skip_verify")
-    flip()
-    assert message.startswith(f"{weights}: damaged")
+    """In a tensor's values, or in the zip's directory, where it makes torch read a tensor as zeros."""
+    with zipfile.ZipFile(weights) as file:
+        first_entry = file.start_dir
+    for position, bit in ((10**8, 1), (first_entry + 38, 0x10)):
+        flip(weights, position, bit)
+        message = refusal(pth2onnx, weights, tmp_path / "x.onnx", "--skip_verify")
+        flip(weights, position, bit)
+        assert message.startswith(f"{weights}: damaged")
     assert not list(tmp_path.iterdir())
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ bit]))
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path):
@@ -196,13 +202,21 @@ def test_an_export_that_fails_the_verification_replaces_nothing(small, weights, 
     assert 0 < float(re.search("at most (.*) of the largest logit", capsys.readouterr().out)[1]) < 1e-5
 
 
-def test_a_bias_that_differs_fails_the_verification(small, weights, tmp_path):
+@pytest.mark.parametrize("mistake", ["bias", "batch"])
+def test_a_graph_that_differs_fails_the_verification(small, weights, tmp_path, capsys, mistake):
     network = pth2onnx.load_network(weights)
     pth2onnx.export(network, tmp_path / "x.onnx", opset=17)
-    assert onnx.load(tmp_path / "x.onnx").opset_import[0].version == 17
-    network.layer6.conv2d_list[3].bias.data[18] += 0.1
+    model = onnx.load(tmp_path / "x.onnx")
+    assert model.opset_import[0].version == 17
+    if mistake == "bias":
+        network.layer6.conv2d_list[3].bias.data[18] += 0.1
+    else:  # every image becomes the mean of its batch
+        model.graph.node[0].input[0] = "mean"
+        model.graph.node.insert(0, onnx.helper.make_node("ReduceMean", ["image"], ["mean"], axes=[0], keepdims=1))
+        onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(pth2onnx.InputError, match="does not match"):
         pth2onnx.verify(network, tmp_path / "x.onnx")
+    assert capsys.readouterr().out.count("batch") == {"bias": 1, "batch": 2}[mistake]
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_file(weights, tmp_path):
@@ -218,7 +232,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(weights, tmp_path):
 
 
 def test_wrong_usage_exits_2(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
     cases = {
+        (tmp_path / "pipe",): "ONNX must be a file path",
+        ("./x.pth",): "another file than WEIGHTS",
         (tmp_path,): "ONNX must be a file path",
         (tmp_path / "none" / "x.onnx",): "ONNX must be a file path",
         (tmp_path / "x.onnx", "--opset", 18): "invalid choice: 18",

@@ -102,22 +102,25 @@ def test_ranks_on_two_hosts_score_as_one_process(tmp_path, score):
 
 
 def test_ranks_infer_as_one_process_and_another_number_resumes(tmp_path, infer):
+    """From one process to two and back."""
     run(*infer, "alone")
-    stdout, _ = torchrun(tmp_path, 2, *infer, "together")
     result = tmp_path / "result"
     files = contents(result / "alone")
+    run(*infer, "together")
+    for n in range(1, 7):
+        (result / "together" / f"frame_{n}_0.bin").unlink()
+    stdout, _ = torchrun(tmp_path, 2, *infer, "together")
     assert contents(result / "together") == files
-    assert "7 (7 inferred, 0 kept)" in stdout
+    assert "7 (6 inferred, 1 kept)" in stdout
     assert stdout.count("\n") == 1
     summary = json.loads((result / "together_summary.json").read_text())
     infiles = [Path(name).stem for group in summary["filesinfo"].values() for name in group["infiles"]]
-    assert sorted(infiles) == [f"frame_{n}" for n in range(7)]
-    assert summary["NPU_compute_time"]["count"] == 2 + 2  # batches of 2 of 4 and 3 frames
+    assert sorted(infiles) == [f"frame_{n}" for n in range(1, 7)]
+    assert summary["NPU_compute_time"]["count"] == 2 + 2  # batches of 2 of 3 frames each
     assert summary["device"] == [0, 1]
 
-    for n in (1, 2, 6):
-        (result / "together" / f"frame_{n}_0.bin").unlink()
-    assert "7 (3 inferred, 4 kept)" in run(*infer, "together").stdout
+    (result / "together" / "frame_3_1.bin").unlink()
+    assert "7 (1 inferred, 6 kept)" in run(*infer, "together").stdout
     assert contents(result / "together") == files
     assert (result / "together_model.json").read_bytes() == (result / "alone_model.json").read_bytes()
 
@@ -152,4 +155,4 @@ def test_rank_without_world_size_is_one_process(tmp_path, score, infer):
         "frames: 8,": [*score, tmp_path / "x.json"],
     }
     for words, command in commands.items():
-        assert words in run(*command, env={**os.environ, "RANK": "1", "LOCAL_RANK": "1"}).stdout
+        assert words in run(*command, env={**os.environ, "TORCHELASTIC_RUN_ID": "x", "RANK": "1"}).stdout
