@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import intrada_pth2onnx as pth2onnx
-from support import DATA, ROOT, error_of, refusal
+from support import DATA, ROOT, refusal
 
 SCRIPT = "intrada_pth2onnx.py"
 SHAPES = json.loads((DATA / "state_dict.json").read_text())
@@ -156,7 +156,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path):
-    assert error_of(SCRIPT, tmp_path / "x.pth", tmp_path / "x.onnx").startswith(f"{tmp_path}/x.pth: No such file")
+    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx").startswith(f"{tmp_path}/x.pth: No such file")
 
 
 def test_the_export_has_what_atc_takes(exported):
