@@ -27,7 +27,7 @@ from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, ROOT, golden_logits, 
 
 SOAK = bool(os.environ.get("SOAK"))
 IMAGE, LABEL = sorted(GOLDEN_DATA_DIR.rglob("*.png"), reverse=True)
-KILLS = 20 if SOAK else 1
+KILLS, FRAMES = (20, 20) if SOAK else (1, 10)
 MOMENTS = random.Random(None if SOAK else 0)
 
 
@@ -156,14 +156,14 @@ def add_frames(folder: Path, count: int) -> None:
 
 
 def test_preprocess_killed_and_restarted(tmp_path):
-    add_frames(tmp_path, 10)
+    add_frames(tmp_path, FRAMES)
     kill_and_restart(tmp_path / "prep", [ROOT / "intrada_preprocess.py", tmp_path, tmp_path / "prep"])
 
 
 def test_postprocess_killed_and_restarted(tmp_path):
-    add_frames(tmp_path, 10)
+    add_frames(tmp_path, FRAMES)
     (tmp_path / "result").mkdir()
-    for n in range(10):
+    for n in range(FRAMES):
         logits = np.roll(golden_logits(), n, axis=0)
         logits.tofile(tmp_path / "result" / f"frankfurt_{n:06}_leftImg8bit_1.bin")
     labels = tmp_path / "labels"
