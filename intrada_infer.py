@@ -556,7 +556,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--outfmt", choices=("BIN", "NPY"), default="BIN", help="format of the results (default: %(default)s)")
     add("--batchsize", metavar="N", type=at_least(1), default=1, help="frames per run (default: %(default)s)")
     add("--loop", metavar="N", type=at_least(1), default=1, help="runs of each batch (default: %(default)s)")
-    add("--warmup_count", metavar="N", type=at_least(0), default=1, help="untimed runs first (default: %(default)s)")
+    add("--warmup_count", metavar="N", type=at_least(0), help="untimed runs first (default: 1, on cpu 0)")
     add("--device", metavar="ID", type=at_least(0), default=0, help="device of the provider (default: %(default)s)")
     add(
         "--provider",
@@ -577,6 +577,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.device and args.provider == "cpu":
         parser.error("--device needs a --provider other than cpu")
     args.device += LOCAL_RANK
+    if args.warmup_count is None:
+        args.warmup_count = int(args.provider != "cpu")
     return args
 
 

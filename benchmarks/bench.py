@@ -141,7 +141,7 @@ def bench_infer(work: Path, rounds: int) -> list[str]:
     run(script("intrada_preprocess.py", work / "cityscapes", inputs))
     files = "--model", model, "--input", inputs, "--output", out, "--output_dirname", "ours"
     ways = {
-        "ours": script("intrada_infer.py", *files, "--batchsize", 1, "--warmup_count", 0, "--overwrite"),
+        "ours": script("intrada_infer.py", *files, "--batchsize", 1, "--overwrite"),
         "plain": way("plain_infer", model, inputs, out / "plain"),
         "lower bound": way("lower_bound_infer", model, inputs),
     }

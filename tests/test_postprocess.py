@@ -323,26 +323,6 @@ def test_two_runs_cannot_write_into_one_folder_and_a_named_pipe_gets_the_json(qu
         first.kill()
 
 
-def test_a_killed_run_started_again_writes_the_same_maps(golden):
-    for n in range(8):
-        shutil.copy(golden / GOLDEN_LABEL, (golden / GOLDEN_LABEL).parent / f"frankfurt_{n}_0_gtFine_labelIds.png")
-        shutil.copy(next((golden / "r").iterdir()), golden / "r" / f"frankfurt_{n}_0_leftImg8bit_1.bin")
-    folders = "--save_labels", golden / "labels", "--save_colors", golden / "colors"
-    killed = subprocess.Popen([sys.executable, ROOT / SCRIPT, golden, golden / "r", *folders, "--workers", "1"])
-    while not list(golden.glob("colors/*.png")):
-        assert killed.poll() is None
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    assert len(list(golden.glob("colors/*.png"))) < 9
-    assert score(golden, *folders) == 0
-    for folder in ("labels", "colors"):
-        names = {path.name for path in (golden / folder).iterdir()}
-        contents = {path.read_bytes() for path in (golden / folder).iterdir()}
-        assert (len(names), len(contents)) == (9, 1)
-        assert not [name for name in names if not name.endswith(".png")]
-
-
 # ---------------------------------------------------------------------------------------------------- the JSON file
 
 
