@@ -2,7 +2,7 @@
 
 PYTHON      ?= python3
 VENV        ?= .venv
-CONSTRAINTS ?= constraints.txt
+CONSTRAINTS ?= requirements/constraints.txt
 
 # What `make run` works on; without DATA and WEIGHTS, a tiny data set that it makes.
 DATA     :=
@@ -14,6 +14,8 @@ OUT      := $(if $(DATA),out,out/tiny)
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
+DEV     := $(VENV)/installed-dev
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 TINY    := $(OUT)/cityscapes
 ONNX    := $(OUT)/intraDA_deeplabv2.onnx
 RUN     := $(SPLIT)_$(PROVIDER)_bs$(BS)
@@ -31,9 +33,13 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv with the pinned packages, once
 
-$(STAMP): requirements.txt requirements-dev.txt $(CONSTRAINTS)
+$(STAMP): requirements.txt $(CONSTRAINTS)
 	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -c $(CONSTRAINTS)
+	$(INSTALL) -r requirements.txt -c $(CONSTRAINTS)
+	@touch $@
+
+$(DEV): requirements/dev.txt $(STAMP)
+	$(INSTALL) -r requirements/dev.txt -c $(CONSTRAINTS)
 	@touch $@
 
 ifneq ($(if $(DATA),x),$(if $(WEIGHTS),x))
@@ -41,39 +47,39 @@ $(error DATA= and WEIGHTS= go together)
 endif
 
 run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
-	@$(BIN)/python intrada_infer.py --provider $(PROVIDER) --batchsize $(BS) --help > /dev/null  # refuses bad ones at once
+	@$(BIN)/python tools/infer.py --provider $(PROVIDER) --batchsize $(BS) --help > /dev/null  # refuses bad ones at once
 	@mkdir -p "$(OUT)"
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(OUT)/prep_$(SPLIT)" --split $(SPLIT)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
-	$(BIN)/python intrada_infer.py --model "$(ONNX)" --input "$(OUT)/prep_$(SPLIT)" --output "$(OUT)/result" \
+	$(BIN)/python tools/infer.py --model "$(ONNX)" --input "$(OUT)/prep_$(SPLIT)" --output "$(OUT)/result" \
 		--output_dirname $(RUN) --batchsize $(BS) --provider $(PROVIDER)
 	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" --split $(SPLIT) --json "$(OUT)/metrics_$(RUN).json" \
 		--save_labels "$(OUT)/labels_$(RUN)" $(expect)
-	$(BIN)/python intrada_report.py "$(OUT)/metrics_$(RUN).json" --labels "$(OUT)/labels_$(RUN)" --data "$(data)" \
+	$(BIN)/python tools/report.py "$(OUT)/metrics_$(RUN).json" --labels "$(OUT)/labels_$(RUN)" --data "$(data)" \
 		--perf "$(OUT)/result/$(RUN)_summary.json" --output "$(REPORT)"
 	@echo "report: file://$$(realpath "$(REPORT)")"
 
 $(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py tests/tiny_fit.npz intrada_pth2onnx.py | $(STAMP)
 	$(BIN)/python tests/tiny_cityscapes.py "$(TINY)"
 
-test: $(STAMP)  ## run the tests
+test: $(DEV)  ## run the tests
 	$(BIN)/python -m pytest
 
-soak: $(STAMP)  ## slow tests: random bit flips and kills, the tiny checkpoint fitted again
+soak: $(DEV)  ## slow tests: random bit flips and kills, the tiny checkpoint fitted again
 	SOAK=1 $(BIN)/python -m pytest -rP tests/test_damage.py tests/test_tiny_cityscapes.py
 
 browser:  ## install Debian's Chromium, in which the tests open the report (as root)
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
-lint: $(STAMP)  ## check style and shell scripts
+lint: $(DEV)  ## check style and shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck .ci/run $(wildcard *.sh)
 
-bench: $(STAMP)  ## time each stage against a straightforward loop
-	$(BIN)/python benchmarks/bench.py
+bench: $(DEV)  ## time each stage against a straightforward loop
+	$(BIN)/python tests/speed/bench.py
 
 clean:  ## remove .venv, caches and the tiny data set's output, not that of runs with DATA=
-	rm -rf .venv .venv-oldest out/tiny .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__
+	rm -rf .venv .venv-oldest out/tiny .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__ tests/*/__pycache__
 	@rmdir out 2>/dev/null || true

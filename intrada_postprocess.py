@@ -210,10 +210,24 @@ def read_logits(path: Path) -> np.ndarray:
     return logits.astype(np.float32, copy=False).reshape(LOGITS_SHAPE)
 
 
+def read_png(path: Path) -> Image.Image:
+    """Decode a PNG after checking its checksums, which decoding alone does not.
+
+    Raises:
+        InputError: it cannot be read or is damaged.
+    """
+    try:
+        content = path.read_bytes()
+        Image.open(io.BytesIO(content), formats=["PNG"]).verify()
+        image = Image.open(io.BytesIO(content), formats=["PNG"])
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
+    return image
+
+
 def read_label(path: Path) -> np.ndarray:
     """Read (H, W) uint8 label ids; for an image, which has none, return zeros of its size.
-
-    The checksums are checked too, which decoding alone does not.
 
     Raises:
         InputError: it is damaged, too large, or not a PNG of label ids.
@@ -222,12 +236,9 @@ def read_label(path: Path) -> np.ndarray:
         if path.name.endswith(IMAGE_ENDING):
             with Image.open(path, formats=["PNG"]) as image:
                 return np.zeros(image.size[::-1], np.uint8)
-        content = path.read_bytes()
-        Image.open(io.BytesIO(content), formats=["PNG"]).verify()
-        image = Image.open(io.BytesIO(content), formats=["PNG"])
-        image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
+    image = read_png(path)
     if image.mode != "L":
         raise InputError(f"{path}: found mode {image.mode}, expected L: one 8-bit label id per pixel")
     label = np.asarray(image)

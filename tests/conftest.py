@@ -35,7 +35,8 @@ def walk(tmp_path_factory) -> Walk:
     pip3 is a stub, and make runs with -n.
     """
     folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.txt"), ROOT / "Makefile", ROOT / "tests"]:
+    scripts = [path for ending in ("py", "sh", "txt") for path in ROOT.glob(f"*.{ending}")]
+    for path in [*scripts, *map(ROOT.joinpath, ("Makefile", "requirements", "tests", "tools"))]:
         (folder / path.name).symlink_to(path)
     (folder / "__pycache__").symlink_to(ROOT / "__pycache__")  # numba's machine code, compiled once for all tests
     for name, command in {"pip3": 'test -f "$3"', "make": '/usr/bin/make -n "$@" > /dev/null'}.items():

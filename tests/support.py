@@ -36,7 +36,7 @@ def run(script: str, *args: object, status: int = 0, **options: object) -> subpr
 def error_of(script: str, *args: object) -> str:
     """Return the one-line error message of a script, without its `SCRIPT: error: `."""
     stderr = run(script, *args, status=1).stderr
-    start = f"{script}: error: "
+    start = f"{Path(script).name}: error: "
     assert stderr.startswith(start), stderr
     assert stderr.count("\n") == 1, stderr
     return stderr[len(start) : -1]

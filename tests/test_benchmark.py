@@ -1,4 +1,4 @@
-"""intrada_benchmark.py over ONNX Runtime and over the stand-in for ais_bench, in all its forms."""
+"""tools/benchmark.py over ONNX Runtime and over the stand-in for ais_bench, in all its forms."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import intrada_benchmark
 import intrada_postprocess
+import tools.benchmark as tool
 from support import add_frame, ascend_environment, error_of, refusal, run, shift_mtime
 
-SCRIPT = "intrada_benchmark.py"
+SCRIPT = "tools/benchmark.py"
 FRAMES = [f"ulm_000000_{n:06}" for n in range(5)]
 NAMES = sorted(f"{frame}_leftImg8bit_{i}.bin" for frame in FRAMES for i in (0, 1))
 SCORED = "--input", "prep", "--data", "data"
@@ -106,7 +106,7 @@ def test_the_same_table_without_an_npu(folder):
 
 def test_ais_bench_and_intrada_infer_leave_the_same_files(folder):
     benchmark("x", 4, "--input", "prep")
-    run("intrada_infer.py", "--model", "x.onnx", "--input", "prep", "--output", "ours", "--output_dirname",
+    run("tools/infer.py", "--model", "x.onnx", "--input", "prep", "--output", "ours", "--output_dirname",
         "result_bs4", "--batchsize", 4)  # fmt: skip
     for name in NAMES:
         ours, theirs = (np.fromfile(f"{place}/result_bs4/{name}", "<f4") for place in ("ours", "result"))
@@ -198,7 +198,7 @@ def test_two_benchmarks_do_not_share_a_folder(folder):
     Path("perf").mkdir()
     lock = os.open("perf", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    assert refusal(intrada_benchmark, "x.onnx", 1).startswith("perf: another benchmark")
+    assert refusal(tool, "x.onnx", 1).startswith("perf: another benchmark")
     os.close(lock)
 
 
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_old_markdown_and_no_part_of_the_new(folder):
     Path("t.md").write_text("old")
     done = run(SCRIPT, "x", 1, "--markdown", "t.md", status=1, env=ascend_environment(),
                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))  # fmt: skip
-    assert f"{SCRIPT}: error: t.md: cannot be written" in done.stderr
+    assert f"{Path(SCRIPT).name}: error: t.md: cannot be written" in done.stderr
     assert Path("t.md").read_text() == "old"
     assert not list(Path().glob("*.part"))
     assert len(rows_of(done)) == 1  # what was measured is not lost
@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_the_old_markdown_and_no_part_of_the_new(folder):
     ],
 )
 def test_what_is_missing_is_named_before_anything_runs(folder, args, words):
-    assert words in refusal(intrada_benchmark, *args)
+    assert words in refusal(tool, *args)
     assert not Path("perf").exists()
 
 
@@ -248,7 +248,7 @@ def test_a_missing_ais_bench_is_one_line(folder):
 )
 def test_wrong_usage_exits_2(folder, capsys, args, words):
     with pytest.raises(SystemExit, match="2"):
-        intrada_benchmark.main(["x", *args])
+        tool.main(["x", *args])
     assert words in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""intrada_compare.py: every figure against torch, the verdict at Huawei's limits, pairing and refusals."""
+"""tools/compare.py: every figure against torch, the verdict at Huawei's limits, pairing and refusals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import intrada_compare as compare
 from support import ROOT, error_of, refusal, run
+from tools import compare
 
-SCRIPT = "intrada_compare.py"
+SCRIPT = "tools/compare.py"
 SHAPE = 19, 65, 129
 
 

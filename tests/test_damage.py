@@ -179,7 +179,7 @@ def infer(tmp_path) -> list[object]:
     for n in range(100):
         np.full((3, 4, 6), n, "<f4").tofile(tmp_path / "prep" / f"frame_{n}.bin")
     args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path, "--loop", 50]
-    return [ROOT / "intrada_infer.py", *args, "--output_dirname"]
+    return [ROOT / "tools/infer.py", *args, "--output_dirname"]
 
 
 def test_infer_killed_and_restarted(tmp_path, infer):
@@ -208,4 +208,4 @@ def test_infer_killed_between_two_models(tmp_path, infer):
         left[f"{'all' if len(found) == len(results) else 'a part'} of the {model} model's"] += 1
         run([*infer, result.name])
         assert contents(result) == contents(tmp_path / "second")
-    print(f"\nintrada_infer.py with two models: {KILLS} kills left {dict(left)}")
+    print(f"\ntools/infer.py with two models: {KILLS} kills left {dict(left)}")

@@ -1,4 +1,4 @@
-"""intrada_infer.py against ais_bench's rules, with models small enough to compute by hand."""
+"""tools/infer.py against ais_bench's rules, with models small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-import intrada_infer
+import tools.infer as tool
 from support import ROOT, error_of, refusal, run, save_two_channel_model, shift_mtime
 
-SCRIPT = "intrada_infer.py"
+SCRIPT = "tools/infer.py"
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def infer(*args: object) -> str:
     words = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", "r", *args
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            intrada_infer.main([str(word) for word in words])
+            tool.main([str(word) for word in words])
         return printed.getvalue()
-    except intrada_infer.InputError as error:
+    except tool.InputError as error:
         return str(error)
     finally:  # unlock the folder as the end of a process does
         for descriptor in list(Path("/proc/self/fd").iterdir()):
@@ -171,7 +171,7 @@ def test_a_speed_test_does_not_replace_the_summary_of_results(model):
     save_frames(2)
     infer()
     summary = read_json("summary")
-    message = refusal(intrada_infer, "--model", model, "--output", "result", "--output_dirname", "r")
+    message = refusal(tool, "--model", model, "--output", "result", "--output_dirname", "r")
     assert message.startswith("result/r: holds results")
     assert read_json("summary") == summary
 
@@ -289,7 +289,7 @@ def test_the_last_group_is_padded_with_its_first_frame(model):
 def test_zeros_are_timed_as_often_as_loop_requires_and_their_logits_are_not_saved(model, capsys):
     for loop in (5, 2):  # never kept
         args = ["--model", "x.onnx", "--output", "perf", "--output_dirname", "bs4", "--batchsize", "4"]
-        intrada_infer.main([*args, "--loop", str(loop)])
+        tool.main([*args, "--loop", str(loop)])
         assert f"runs on zeros: {loop}, " in capsys.readouterr().out
         assert [path.name for path in Path("perf").iterdir()] == ["bs4_summary.json"]
         summary = json.loads(Path("perf/bs4_summary.json").read_text())
@@ -300,9 +300,9 @@ def test_zeros_are_timed_as_often_as_loop_requires_and_their_logits_are_not_save
 def test_without_output_nothing_is_saved_and_without_a_name_the_folder_is_dated(model):
     save_frames(1)
     before = sorted(Path().rglob("*"))
-    intrada_infer.main(["--model", "x.onnx", "--input", "prep"])
+    tool.main(["--model", "x.onnx", "--input", "prep"])
     assert sorted(Path().rglob("*")) == before
-    intrada_infer.main(["--model", "x.onnx", "--input", "prep", "--output", "result"])
+    tool.main(["--model", "x.onnx", "--input", "prep", "--output", "result"])
     folder, note, summary = sorted(Path("result").iterdir())
     assert re.fullmatch(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d", folder.name)
     assert (note.name, summary.name) == (f"{folder.name}_model.json", f"{folder.name}_summary.json")
@@ -358,7 +358,7 @@ def test_a_provider_that_leaves_the_work_to_the_cpu_is_refused(model):
 )
 def test_wrong_usage_exits_2(capsys, args, words):
     with pytest.raises(SystemExit, match="2"):
-        intrada_infer.main(args)
+        tool.main(args)
     assert words in capsys.readouterr().err
 
 
@@ -371,7 +371,7 @@ def test_onnxruntime_records_no_telemetry(model):
 
 
 def test_telemetry_is_off_wherever_onnxruntime_is_imported():
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("t*/**/*.py")]
     importing = {path for path in paths if re.search(r"^\s*import onnxruntime$", path.read_text(), re.MULTILINE)}
     assert ROOT / SCRIPT in importing
     for path in importing:

@@ -25,7 +25,7 @@ from support import (
     save_two_channel_model,
 )
 
-SCRIPTS = "preprocess", "postprocess", "compare", "benchmark"
+SCRIPTS = "intrada_preprocess.py", "intrada_postprocess.py", "tools/compare.py", "tools/benchmark.py"
 OLD_PYTHON = os.environ.get("OLD_PYTHON")
 NEEDS_OLD_PYTHON = pytest.mark.skipif(not OLD_PYTHON, reason="OLD_PYTHON names no interpreter, e.g. of Python 3.7")
 
@@ -38,7 +38,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 def run_old(script: str, *args: object, **options: object) -> str:
-    command = [OLD_PYTHON, ROOT / f"intrada_{script}.py", *map(str, args)]
+    command = [OLD_PYTHON, ROOT / script, *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -46,25 +46,25 @@ def run_old(script: str, *args: object, **options: object) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_syntax_is_that_of_python_3_7(script):
-    ast.parse((ROOT / f"intrada_{script}.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+    ast.parse((ROOT / script).read_text(encoding="utf-8"), feature_version=(3, 7))
 
 
 @NEEDS_OLD_PYTHON
 def test_an_old_python_gives_the_golden_results(tmp_path, environment):
     prep, result = tmp_path / "prep", tmp_path / "known"
-    run_old("preprocess", GOLDEN_DATA_DIR, prep, env=environment)
+    run_old("intrada_preprocess.py", GOLDEN_DATA_DIR, prep, env=environment)
     content = (prep / f"{GOLDEN_FRAME}_leftImg8bit.bin").read_bytes()
     assert hashlib.sha256(content).hexdigest() == GOLDEN["preprocess"]["sha256"]
 
     result.mkdir()
     for output in (0, 1):
         golden_logits().tofile(result / f"{GOLDEN_FRAME}_leftImg8bit_{output}.bin")
-    run_old("postprocess", GOLDEN_DATA_DIR, result, "--json", tmp_path / "metrics.json", env=environment)
+    run_old("intrada_postprocess.py", GOLDEN_DATA_DIR, result, "--json", tmp_path / "metrics.json", env=environment)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["confusion_matrix"] == GOLDEN["evaluate"]["confusion"]
 
     shutil.copytree(result, tmp_path / "baseline")
-    assert "PASS" in run_old("compare", result, tmp_path / "baseline", env=environment)
+    assert "PASS" in run_old("tools/compare.py", result, tmp_path / "baseline", env=environment)
 
     # ais_bench's stand-in runs on this Python, with a small model, and writes the golden logits
     save_two_channel_model(tmp_path / "x.onnx")
@@ -80,8 +80,8 @@ def test_an_old_python_gives_the_golden_results(tmp_path, environment):
     )
     args = "x", 1, "--input", "prep", "--data", GOLDEN_DATA_DIR
     options = {"cwd": tmp_path, "env": {**ascend, "PYTHONPATH": str(tmp_path / "modules")}}
-    planned = run_old("benchmark", *args, "--dry_run", **options).splitlines()
-    printed = run_old("benchmark", *args, **options)
+    planned = run_old("tools/benchmark.py", *args, "--dry_run", **options).splitlines()
+    printed = run_old("tools/benchmark.py", *args, **options)
     assert [line[2:] for line in printed.splitlines() if line.startswith("+ ")] == planned
     assert f" {100 * GOLDEN['evaluate']['miou']:.2f} " in printed
     assert "best" in printed

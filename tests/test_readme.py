@@ -7,21 +7,21 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-import intrada_benchmark
-import intrada_compare
 import intrada_postprocess
 import intrada_preprocess
 import intrada_pth2onnx
-import intrada_report
 import tiny_cityscapes
-from support import LABEL_IDS, ROOT, read_blocks, run
+from support import ROOT, read_blocks, run
+from tools import benchmark, report
 
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md"))
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
-SCRIPTS = sorted(path.name for path in ROOT.glob("intrada_*.py"))
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests" / "speed" / "README.md"]
+TRIO = "intrada_preprocess.py", "intrada_pth2onnx.py", "intrada_postprocess.py"
+TOOLS = sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))
 
 
 def shape_of(text: str) -> str:
@@ -128,7 +128,7 @@ def test_the_options_in_the_tables_are_those_of_help():
     checked = 0
     for step in steps:
         for header, rows in re.findall(r"^\| (option[^|]*)\|.*\n\|.*\n((?:\|.*\n)+)", step, re.MULTILINE):
-            script = (re.search(r"`(\w+\.py)`", header) or re.search(r"(intrada_\w+\.py|atc_convert\.sh)", step))[1]
+            script = re.search(r"(tools/\w+\.py|intrada_\w+\.py|atc_convert\.sh)", header + step)[1]
             command = ["bash"] if script.endswith(".sh") else [sys.executable]
             help_text = subprocess.run([*command, ROOT / script, "--help"], capture_output=True, text=True).stdout
             for option in re.findall(r"(--\w+)", "".join(row.split("|")[1] for row in rows.splitlines())):
@@ -140,28 +140,31 @@ def test_the_options_in_the_tables_are_those_of_help():
 # ---------------------------------------------------------------------------------------------------- the scripts
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_stands_alone(script):
-    """It imports no sibling, and torch only where it exports."""
-    tree = ast.parse((ROOT / script).read_text())
+def imports_of(script: str) -> set[str]:
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not [name for name in imported if name.startswith("intrada")]
-    if script != "intrada_pth2onnx.py":
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script[:-3]}; print('torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    return imported | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("script", [*TRIO, *TOOLS])
+def test_the_trio_imports_nothing_of_ours_and_a_tool_no_tool(script):
+    ours = imports_of(script) & {Path(name).stem for name in (*TRIO, *TOOLS)}
+    assert not ours if script in TRIO else all(name.startswith("intrada_") for name in ours)
+
+
+@pytest.mark.parametrize("script", TOOLS)
+def test_a_tool_starts_from_any_folder(script):
+    command = [sys.executable, Path(script).name, "--help"]
+    subprocess.run(command, cwd=(ROOT / script).parent, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_facts_that_two_scripts_hold_are_equal():
     assert (intrada_preprocess.HEIGHT, intrada_preprocess.WIDTH) == (intrada_pth2onnx.HEIGHT, intrada_pth2onnx.WIDTH)
     logits_shape = intrada_pth2onnx.NUM_CLASSES, intrada_pth2onnx.LOGITS_HEIGHT, intrada_pth2onnx.LOGITS_WIDTH
-    assert logits_shape == intrada_postprocess.LOGITS_SHAPE == intrada_compare.LOGITS_SHAPE
+    assert logits_shape == intrada_postprocess.LOGITS_SHAPE
     classes = [(label_id, name) for label_id, name, _, _ in intrada_postprocess.CLASSES]
     assert classes == [(facts[0], name) for name, facts in list(tiny_cityscapes.CLASSES.items())[:19]]
-    assert [label_id for label_id, _ in classes] == LABEL_IDS
-    colors = [(label_id, name, color) for label_id, name, _, color in intrada_postprocess.CLASSES]
-    assert list(intrada_report.CLASSES) == colors
-    assert intrada_report.PUBLISHED_FPS == intrada_benchmark.PUBLISHED_FPS
+    assert report.PUBLISHED_FPS == benchmark.PUBLISHED_FPS
 
 
 # ---------------------------------------------------------------------------------------------------- make
@@ -175,7 +178,7 @@ def test_make_run_runs_the_steps_in_order():
     on_own_data = plan("DATA=/d", "WEIGHTS=w.pth", "BS=4", "PROVIDER=cuda", "OUT=o")
     for commands in (plan(), on_own_data):
         order = ["infer", "preprocess", "pth2onnx", "infer", "postprocess", "report"]  # first only --help
-        assert re.findall(r"intrada_(\w+)\.py", commands.split("tests/tiny_cityscapes.py")[-1]) == order
+        assert re.findall(r"(?:intrada_|tools/)(\w+)\.py", commands.split("tests/tiny_cityscapes.py")[-1]) == order
     assert '"/d" "o/prep_val"' in on_own_data
     assert "--batchsize 4 --provider cuda" in " ".join(on_own_data.split())
     assert "--expect" in plan()

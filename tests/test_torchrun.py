@@ -67,7 +67,7 @@ def infer(tmp_path) -> list[object]:
     for n in range(7):
         np.random.default_rng(n).normal(0, 1, (3, 4, 6)).astype("<f4").tofile(tmp_path / "prep" / f"frame_{n}.bin")
     args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path / "result"]
-    return ["intrada_infer.py", *args, "--batchsize", 2, "--output_dirname"]
+    return ["tools/infer.py", *args, "--batchsize", 2, "--output_dirname"]
 
 
 def test_more_ranks_than_frames_preprocess_as_one_process(tmp_path):

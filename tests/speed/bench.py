@@ -5,7 +5,7 @@ Every way is a process of its own, timed from start to end, imports included. Th
 has the medians over the rounds. This process imports neither numpy nor torch, because Linux counts the memory of the
 parent process into the peak of its child.
 
-    $ python3 benchmarks/bench.py
+    $ python3 tests/speed/bench.py
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "numpy", "pillow", "numba", "onnxruntime", "onnx", "torch"
 TINY_FRAMES = 3  # made by tests/tiny_cityscapes.py; all other frames are links to them
 HEADER = """\
@@ -51,7 +51,7 @@ def script(name: str, *arguments: object) -> list[str]:
 
 
 def way(name: str, *arguments: object) -> list[str]:
-    return script("benchmarks/ways.py", name, *arguments)
+    return script("tests/speed/ways.py", name, *arguments)
 
 
 def run(command: list[str]) -> Run:
@@ -141,7 +141,7 @@ def bench_infer(work: Path, rounds: int) -> list[str]:
     run(script("intrada_preprocess.py", work / "cityscapes", inputs))
     files = "--model", model, "--input", inputs, "--output", out, "--output_dirname", "ours"
     ways = {
-        "ours": script("intrada_infer.py", *files, "--batchsize", 1, "--overwrite"),
+        "ours": script("tools/infer.py", *files, "--batchsize", 1, "--overwrite"),
         "plain": way("plain_infer", model, inputs, out / "plain"),
         "lower bound": way("lower_bound_infer", model, inputs),
     }

@@ -8,7 +8,7 @@ lower_bound_infer ONNX SAVE_DIR             run on one frame in memory, once for
 plain_postprocess DATA_DIR RESULT_DIR       full-size logits, argmax, bincount
 lower_bound_postprocess DATA_DIR RESULT_DIR read the logits and decode the labels in threads
 
-$ python3 benchmarks/ways.py plain_postprocess DATA_DIR RESULT_DIR
+$ python3 tests/speed/ways.py plain_postprocess DATA_DIR RESULT_DIR
 mIoU = 90.17
 """
 

@@ -8,7 +8,7 @@
 The verdict is Huawei's: every frame and output has a cosine similarity of at least 0.99 and a relative Euclidean
 distance of at most 0.05. ais_bench's folders for several devices (device0, device1_1, ...) are read as well.
 
-    $ python3 intrada_compare.py result/result_bs1 baseline/result_bs1 | tail -n 1
+    $ python3 tools/compare.py result/result_bs1 baseline/result_bs1 | tail -n 1
     PASS: cosine similarity at least 0.99, relative distance at most 0.05 everywhere
 """
 
@@ -18,23 +18,20 @@ import argparse
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-LOGITS_SHAPE = 19, 65, 129
-LOGITS_SIZE = 19 * 65 * 129
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from intrada_postprocess import InputError, first_five, read_logits
 
 # Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer, Computation Accuracy Evaluation Indicators.
 MIN_COSINE, MAX_DISTANCE = 0.99, 0.05
 
 # Which of the frames' values is the worst.
 WORST = {"cosine": min, "relative_distance": max, "largest_difference": max, "agreement": min}
-
-
-class InputError(Exception):
-    """A mistake the user can fix; reported in one line, without a traceback."""
 
 
 def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Path]]:
@@ -74,39 +71,8 @@ def find_logits(folder: Path) -> dict[str, Path]:
         if other != path and not np.array_equal(read_logits(other), read_logits(path)):
             raise InputError(f"{other} and {path} differ: results of two runs; empty the folder and infer again")
     if not found:
-        raise InputError(
-            f"{folder}: no <frame>_<output>.bin or .npy; expected what ais_bench or intrada_infer.py wrote"
-        )
+        raise InputError(f"{folder}: no <frame>_<output>.bin or .npy; expected what ais_bench or tools/infer.py wrote")
     return found
-
-
-def first_five(names: list[str]) -> str:
-    """List at most five names, to keep the message on one line."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def read_logits(path: Path) -> np.ndarray:
-    """Read (19, 65, 129) logits as float64; a `.bin` has no header, so its size distinguishes float32 and float16.
-
-    Raises:
-        InputError: another size or type, or values that are NaN or Inf.
-    """
-    expected = f"expected {LOGITS_SHAPE}, float32 ({4 * LOGITS_SIZE} bytes) or float16 ({2 * LOGITS_SIZE} bytes)"
-    if path.suffix == ".bin":
-        size = path.stat().st_size
-        if size not in (2 * LOGITS_SIZE, 4 * LOGITS_SIZE):
-            raise InputError(f"{path}: {size} bytes; {expected}; infer this frame again")
-        logits = np.fromfile(str(path), "<f4" if size == 4 * LOGITS_SIZE else "<f2").reshape(LOGITS_SHAPE)
-    else:
-        try:
-            logits = np.lib.format.open_memmap(str(path), mode="r")
-        except Exception as error:  # numpy raises many kinds for a damaged header
-            raise InputError(f"{path}: not a complete .npy: {error}") from None
-        if logits.shape not in (LOGITS_SHAPE, (1, *LOGITS_SHAPE)) or logits.dtype not in (np.float32, np.float16):
-            raise InputError(f"{path}: {logits.dtype} {logits.shape}; {expected}; infer this frame again")
-    if not np.isfinite(logits).all():
-        raise InputError(f"{path}: NaN or Inf, typically an FP16 overflow")
-    return logits.astype(np.float64).reshape(LOGITS_SHAPE)
 
 
 def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
@@ -118,8 +84,9 @@ def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     distance 0, others 0 and 1.
 
     Args:
-        result, baseline: (19, 65, 129) float64, finite.
+        result, baseline: (19, 65, 129) float32, finite.
     """
+    result, baseline = result.astype(np.float64), baseline.astype(np.float64)
     difference = np.abs(result - baseline)
     norms = np.linalg.norm(result), np.linalg.norm(baseline)
     equal = not difference.any()

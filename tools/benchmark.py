@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Measure speed and mIoU at several batch sizes by running the guide's own commands, and print one table.
 
-   MODEL_PREFIX_bs${bs}.om (Ascend, by ais_bench) or MODEL_PREFIX.onnx (any host, by intrada_infer.py)
+   MODEL_PREFIX_bs${bs}.om (Ascend, by ais_bench) or MODEL_PREFIX.onnx (any host, by tools/infer.py)
    --input SAVE_DIR, --data DATA_DIR
 -> result/result_bs${bs}/           logits of all frames, with --input
    result/metrics_bs${bs}.json      metrics, with --data
    perf/bs${bs}_summary.json        speed alone, --loop runs on zeros
    a table on stdout, and with --markdown in a file
 
-   $ python3 intrada_benchmark.py intraDA_deeplabv2 --input prep --data /data/cityscapes
+   $ python3 tools/benchmark.py intraDA_deeplabv2 --input prep --data /data/cityscapes
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from intrada_postprocess import InputError, first_five
+
 BATCH_SIZES = 1, 4, 8, 16, 32, 64
 # Frames/s on 310P3. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
 PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
+TOOLS = Path(sys.argv[0]).parent
 PERF, RESULT = Path("perf"), Path("result")
 COLUMNS = "batch size", "frames", "mIoU %", "frames/s", "mean ms", "p99 ms", "end to end", "on 310P3", ""
-
-
-class InputError(Exception):
-    """A mistake the user can fix; reported in one line, without a traceback."""
 
 
 class StepError(Exception):
@@ -45,10 +45,10 @@ class StepError(Exception):
 def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[str]]:
     """Write out a batch size's commands: `infer` with --input, `score` with --data, `speed` always.
 
-    ais_bench for an `.om` and intrada_infer.py for an `.onnx` take the same options.
+    ais_bench for an `.om` and tools/infer.py for an `.onnx` take the same options.
     """
     if is_onnx(args):
-        start = [sys.executable, script_path("intrada_infer.py"), "--model", args.model, "--provider", args.provider]
+        start = [sys.executable, str(TOOLS / "infer.py"), "--model", args.model, "--provider", args.provider]
     else:
         start = [sys.executable, "-m", "ais_bench", "--model", model_path(args.model, batch_size)]
     start += ["--device", args.device, "--batchsize", str(batch_size)]
@@ -57,7 +57,7 @@ def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[s
     if args.input:  # first, since it refuses what does not fit
         commands["infer"] = [*start, "--input", args.input, "--output", str(RESULT), "--output_dirname", result.name]
     if args.data:
-        commands["score"] = [sys.executable, script_path("intrada_postprocess.py"), args.data, str(result)]
+        commands["score"] = [sys.executable, str(TOOLS.parent / "intrada_postprocess.py"), args.data, str(result)]
         commands["score"] += ["--json", str(metrics_path(batch_size))]
     commands["speed"] = [*start, "--loop", str(args.loop), "--output", str(PERF), "--output_dirname", f"bs{batch_size}"]
     return commands
@@ -73,11 +73,6 @@ def is_onnx(args: argparse.Namespace) -> bool:
 
 def model_path(model: str, batch_size: int) -> str:
     return model if model.endswith(".onnx") else f"{model}_bs{batch_size}.om"
-
-
-def script_path(script: str) -> str:
-    """Return the path of a script in this one's folder."""
-    return str(Path(sys.argv[0]).with_name(script))
 
 
 def format_command(command: list[str]) -> str:
@@ -124,11 +119,6 @@ def check_before_run(args: argparse.Namespace) -> list[str]:
     return sorted(stems)
 
 
-def first_five(names: list[str]) -> str:
-    """List at most five names, to keep the message on one line."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
@@ -142,7 +132,7 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
     result, perf = RESULT / f"result_bs{batch_size}", PERF / f"bs{batch_size}"
     try:
         if "infer" in commands:
-            if not is_onnx(args):  # intrada_infer.py itself removes what is outdated
+            if not is_onnx(args):  # tools/infer.py itself removes what is outdated
                 remove_results(result, stems)
             seconds = run_command(commands["infer"])
             check_results(result, stems)
@@ -170,7 +160,7 @@ def remove_results(folder: Path, stems: list[str]) -> None:
     for path in find_results(folder, stems):
         path.unlink()
     remove_summaries(folder)
-    note = json_path(folder, "model")  # intrada_infer.py's; it would keep what ais_bench now writes
+    note = json_path(folder, "model")  # tools/infer.py's; it would keep what ais_bench now writes
     if note.exists():
         note.unlink()
 
@@ -225,7 +215,7 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
 
 
 def read_end_to_end(result: Path, frames: int) -> float | None:
-    """Read intrada_infer.py's own figure; None if its last run did not infer all frames, as after a restart."""
+    """Read tools/infer.py's own figure; None if its last run did not infer all frames, as after a restart."""
     path = json_path(result, "summary")
     summary = json.loads(path.read_text(encoding="utf-8"))
     inferred = sum(len(group["infiles"]) for group in summary["filesinfo"].values())
@@ -291,7 +281,7 @@ def at_least_one(text: str) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Measure speed and mIoU at several batch sizes, by ais_bench (.om) or intrada_infer.py (.onnx)."
+        description="Measure speed and mIoU at several batch sizes, by ais_bench (.om) or tools/infer.py (.onnx)."
     )
     add = parser.add_argument
     add("model", metavar="MODEL_PREFIX", help="of MODEL_PREFIX_bs1.om, _bs4.om, ...; or an .onnx")
@@ -299,7 +289,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"batch sizes (default: {' '.join(map(str, BATCH_SIZES))})")  # fmt: skip
     add("--loop", metavar="N", type=at_least_one, default=50, help="runs of the speed test (default: %(default)s)")
     add("--device", metavar="ID", default="0", help="device, for ais_bench also several: 0,1 (default: %(default)s)")
-    add("--provider", metavar="NAME", default="cpu", help="for an .onnx: intrada_infer.py's (default: %(default)s)")
+    add("--provider", metavar="NAME", default="cpu", help="for an .onnx: tools/infer.py's (default: %(default)s)")
     add("--input", metavar="SAVE_DIR", help="infer these frames too (default: speed alone)")
     add("--data", metavar="DATA_DIR", help="score them too, against the Cityscapes labels")
     add("--markdown", metavar="FILE", type=Path, help="write the table here too")

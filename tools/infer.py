@@ -11,7 +11,7 @@ The last group is padded to the batch size with its first frame, and the padding
 restarted, it resumes: results of the same model and input are kept. Without --input, zeros are inferred --loop times
 for the speed alone.
 
-    $ python3 intrada_infer.py --model X.onnx --input prep --output result --output_dirname result_bs1 --batchsize 1
+    $ python3 tools/infer.py --model X.onnx --input prep --output result --output_dirname result_bs1 --batchsize 1
     provider cpu, frames: 500 (500 inferred, 0 kept), 0.25 frames/s computing, 0.25 end to end, in result/result_bs1
 """
 
@@ -40,16 +40,15 @@ import numpy as np
 import onnxruntime
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from intrada_postprocess import InputError, first_five
+
 NPY_HEADER = 128  # bytes
 
 # Set by torchrun; without it this is the only process.
 TORCHRUN = os.environ if os.environ.keys() >= {"TORCHELASTIC_RUN_ID", "WORLD_SIZE"} else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(TORCHRUN.get("LOCAL_RANK", 0)), int(TORCHRUN.get("LOCAL_WORLD_SIZE", 1))
-
-
-class InputError(Exception):
-    """A mistake the user can fix; reported in one line, without a traceback."""
 
 
 class Model(NamedTuple):
@@ -198,11 +197,6 @@ def holds_frame(path: Path, shape: tuple[int, ...]) -> bool:
 
 def natural_key(path: Path) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def first_five(names: list[str]) -> str:
-    """List at most five names, to keep the message on one line."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def read_group(group: list[Frame], batch: int, shape: tuple[int, ...]) -> np.ndarray:
