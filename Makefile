@@ -2,6 +2,7 @@
 
 PYTHON      ?= python3
 VENV        ?= .venv
+OLD         ?= python3.7
 CONSTRAINTS ?= requirements/constraints.txt
 
 # What `make run` works on; without DATA and WEIGHTS, a tiny data set that it makes.
@@ -25,11 +26,11 @@ data    := $(or $(DATA),$(TINY))
 weights := $(or $(WEIGHTS),$(TINY)/tiny_intrada.pth)
 expect  := $(if $(DATA),,--expect 90.2 --tolerance 0.8)
 
-.PHONY: help setup run test soak browser bench lint clean
+.PHONY: help setup run test old-python soak browser bench lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with the pinned packages, once
 
@@ -65,6 +66,12 @@ $(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py tests/tiny_fit.npz intrada_pt
 test: $(DEV)  ## run the tests
 	$(BIN)/python -m pytest
 
+old-python: $(DEV)  ## run the scripts on an older Python with the oldest packages; OLD=python3.7
+	test -x .venv-old/bin/pip || $(OLD) -m venv .venv-old
+	.venv-old/bin/python -m pip install -U pip
+	.venv-old/bin/python -m pip install -r requirements.txt -c requirements/constraints-oldest.txt
+	OLD_PYTHON=$$PWD/.venv-old/bin/python $(BIN)/python -m pytest tests/test_old_python.py
+
 soak: $(DEV)  ## slow tests: random bit flips and kills, the tiny checkpoint fitted again
 	SOAK=1 $(BIN)/python -m pytest -rP tests/test_damage.py tests/test_tiny_cityscapes.py
 
@@ -81,5 +88,5 @@ bench: $(DEV)  ## time each stage against a straightforward loop
 	$(BIN)/python tests/speed/bench.py
 
 clean:  ## remove .venv, caches and the tiny data set's output, not that of runs with DATA=
-	rm -rf .venv .venv-oldest out/tiny .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__ tests/*/__pycache__
+	rm -rf .venv .venv-old out/tiny .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__ tests/*/__pycache__
 	@rmdir out 2>/dev/null || true

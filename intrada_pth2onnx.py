@@ -163,8 +163,7 @@ def load_network(weights: Path) -> DeepLabV2:
             five keys.
     """
     state_dict = read_state_dict(weights)
-    with torch.device("meta"):  # the weights come from the file; none is initialized first
-        network = DeepLabV2().eval()
+    network = DeepLabV2().eval()
     expected = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     found = {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
     problems = {
@@ -178,7 +177,7 @@ def load_network(weights: Path) -> DeepLabV2:
     described = [f"{len(keys)} {kind} ({first_five(sorted(keys))})" for kind, keys in problems.items() if keys]
     if described:
         raise InputError(f"{weights}: not the weights of this network: {'; '.join(described)}")
-    network.load_state_dict({key: value.float() for key, value in found.items()}, strict=False, assign=True)
+    network.load_state_dict({key: value.float() for key, value in found.items()}, strict=False)
     return network
 
 
@@ -268,7 +267,7 @@ def export(network: DeepLabV2, path: Path, opset: int) -> None:
         shape = ["batch", NUM_CLASSES, LOGITS_HEIGHT, LOGITS_WIDTH]
         model.graph.output.append(make_value(output, TensorProto.FLOAT, shape))
     Graph(model.graph).network("image", network)
-    onnx.save(model, path)
+    onnx.save(model, str(path))
 
 
 def verify(network: DeepLabV2, path: Path) -> None:
@@ -323,11 +322,12 @@ def main(argv: list[str] | None = None) -> int:
         export(network, part, args.opset)
         if not args.skip_verify:
             verify(network, part)
-        os.replace(part, args.onnx)
+        os.replace(str(part), str(args.onnx))
     except OSError as error:
         raise InputError(f"{args.onnx}: cannot be written: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
     print(f"{args.onnx}: opset {args.opset}, {args.onnx.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -237,7 +237,7 @@ def prepare_folder(folder: Path, frames: list[Frame], model: Model, args: argpar
         remove_outdated(folder, frames, {**settings, "model_sha256": model.sha256, "inputs": inputs}, args.overwrite)
         summary = json_path(folder, "summary")
         if not all(is_complete(frame, model) for frame in frames):
-            summary.unlink(missing_ok=True)  # until this run writes its own
+            remove(summary)  # until this run writes its own
         elif not summary.exists():  # killed just before writing it: with one frame to infer, this run writes its own
             frames[-1].targets[0].unlink()
     gather(None)  # wait until rank 0 has prepared the folder
@@ -263,8 +263,13 @@ def remove_outdated(folder: Path, frames: list[Frame], note: dict, overwrite: bo
     for frame in frames:
         if overwrite or not same_model or old["inputs"].get(frame.stem) != note["inputs"][frame.stem]:
             for target in frame.targets:
-                target.unlink(missing_ok=True)
+                remove(target)
     write_file(json_path(folder, "model"), json.dumps(note, indent=1).encode())
+
+
+def remove(path: Path) -> None:
+    if path.exists():
+        path.unlink()
 
 
 def json_path(folder: Path, what: str) -> Path:
@@ -354,7 +359,7 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         part.chmod(0o644)
-        os.replace(part, path)
+        os.replace(str(part), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -263,11 +263,7 @@ def draw_frames(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Draw frames in threads, the first ones large; Pillow releases the GIL while it decodes."""
     sizes = [LARGE if n < LARGE_FRAMES else SMALL for n in range(len(frames))]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-        try:
-            return list(tqdm(pool.map(draw_frame, frames, sizes), total=len(frames), unit="frame", disable=None))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        return list(tqdm(pool.map(draw_frame, frames, sizes), total=len(frames), unit="frame", disable=None))
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -343,12 +339,12 @@ def write_page(path: Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         if not in_place:
-            os.replace(part, path)
+            os.replace(str(part), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        if not in_place:
-            part.unlink(missing_ok=True)
+        if not in_place and part.exists():
+            part.unlink()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
