@@ -5,9 +5,8 @@
 #   BS ...              default: 1 4 8 16 32 64
 #   --soc_version NAME  chip, e.g. 310P3 or Ascend310P3 (default: what npu-smi info shows)
 #   --output_dir DIR    folder for the .om files (default: the current one)
-#   --overwrite         convert every batch size again, not only missing or outdated ones
 #   --dry_run           print the commands and run none
-#   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode_v2=mixed_float16; always converts again
+#   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode_v2=mixed_float16
 set -Eeuo pipefail
 umask 022 # newer ais_bench rejects group-writable models
 
@@ -16,13 +15,13 @@ usage() { echo "atc_convert.sh: error: $*; see --help" >&2; exit 2; }
 show() { printf '%q ' "$@" | sed 's/\\\([,:=]\)/\1/g; s/ $/\n/'; } # so that it can be pasted
 
 parse_args() {
-  onnx='' output_dir='' soc_version='' overwrite='' dry_run='' batch_sizes=() atc_options=()
+  onnx='' output_dir=. soc_version='' dry_run='' batch_sizes=() atc_options=()
   while (($#)); do
     case $1 in
       -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}" && exit ;;
       --soc_version | --output_dir) (($# > 1)) || usage "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift ;;
       --soc_version=?* | --output_dir=?*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
-      --overwrite | --dry_run) printf -v "${1#--}" yes ;;
+      --dry_run) dry_run=yes ;;
       --) shift; atc_options=("$@"); break ;;
       *.onnx) [[ ! $onnx ]] || usage "two models, $onnx and $1"; onnx=$1 ;;
       *) [[ $1 =~ ^[1-9][0-9]*$ ]] || usage "not an option, a batch size or an .onnx: $1"; batch_sizes+=("$1") ;;
@@ -38,34 +37,38 @@ find_chip() { # in npu-smi's table, the row with a number and the name in the fi
     split($2, cell, " ") == 2 && cell[1] ~ /^[0-9]+$/ { print cell[2]; exit }'
 }
 
+interrupted() { # leave no .om that is not complete, and end by the signal
+  rm -f "$om"
+  trap - "$1"
+  kill -s "$1" $$
+}
+
 main() {
   parse_args "$@"
-  local bs om command failed=0 summary=()
+  local bs om='' command failed=0 summary=()
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
   soc_version=${soc_version:-$(find_chip || true)}
   [[ $soc_version ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
   [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
-  [[ ! $output_dir || $dry_run ]] || mkdir -p "$output_dir"
+  [[ $dry_run ]] || mkdir -p "$output_dir"
+  trap 'interrupted INT' INT
+  trap 'interrupted TERM' TERM
   for bs in "${batch_sizes[@]}"; do
-    om=${output_dir:+$output_dir/}$(basename "$onnx" .onnx)_bs$bs.om
+    om=$output_dir/$(basename "$onnx" .onnx)_bs$bs.om
+    om=${om#./}
     command=(atc "--model=$onnx" --framework=5 "--output=${om%.om}" --input_format=NCHW
       "--input_shape=image:$bs,3,512,1024" --log=error "--soc_version=Ascend${soc_version#Ascend}"
       ${atc_options[@]+"${atc_options[@]}"})
-    if [[ ! $dry_run$overwrite${atc_options[*]-} && -f $om && $(stat -c %y "$om") = "$(stat -Lc %y "$onnx")" ]]; then
-      summary+=("bs $bs: kept $om")
-      continue
-    fi
     show "${command[@]}"
     [[ ! $dry_run ]] || continue
     rm -f "$om" # or one of an earlier run would pass for this one's
     if "${command[@]}" >&2 && [[ -f $om ]]; then
-      # equal times mean: finished, from this ONNX, without further options
-      [[ ${atc_options[*]-} ]] || touch -r "$onnx" "$om"
       summary+=("bs $bs: made $om")
     else
       rm -f "$om"
       failed=1 summary+=("bs $bs: FAILED; see atc's messages above and README.md, Troubleshooting")
     fi
+    om='' # complete, or gone
   done
   ((!${#summary[@]})) || printf '%s\n' "${summary[@]}"
   return $failed

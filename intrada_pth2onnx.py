@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import nn
 HEIGHT, WIDTH = 512, 1024
 LOGITS_HEIGHT, LOGITS_WIDTH = 65, 129
 NUM_CLASSES = 19
+OPSET = 11  # which ATC of CANN 5 to 8 takes
 TOLERANCE = 1e-3  # of the largest logit, between torch and ONNX Runtime
 
 
@@ -125,15 +127,17 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is damaged, or holds anything but a state dict of tensors, which could run code.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (1, 13):  # it knows no weights_only
+        raise InputError(f"torch {torch.__version__} is too old; expected 1.13.1 or later")
     try:
         damaged = find_damage(weights) if zipfile.is_zipfile(weights) else None
         checkpoint = None if damaged else torch.load(weights, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{weights}: {error.strerror or error}") from None
+    except OSError:
+        raise
     except Exception:  # torch's readers raise nearly everything; their messages advise to load without weights_only
         raise InputError(
-            f"{weights}: truncated, or not a torch checkpoint of plain tensors; anything else could run code and is "
-            "not loaded"
+            f"{weights}: not a checkpoint that torch can read: perhaps a web page saved in its place, or an incomplete "
+            "download; only plain tensors are loaded, since anything else could run code"
         ) from None
     if damaged:
         raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
@@ -162,22 +166,21 @@ def load_network(weights: Path) -> DeepLabV2:
         InputError: keys are missing or unexpected, or values of another shape or not finite; each kind with its first
             five keys.
     """
-    state_dict = read_state_dict(weights)
     network = DeepLabV2().eval()
     expected = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    found = {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+    found = {key: value for key, value in read_state_dict(weights).items() if not key.endswith("num_batches_tracked")}
     problems = {
         "missing": expected.keys() - found,
         "unexpected": found.keys() - expected,
         "of another shape": {key for key in expected.keys() & found if expected[key].shape != found[key].shape},
         "not finite": {
-            key for key, value in found.items() if not (value.is_floating_point() and value.isfinite().all())
+            key for key, value in found.items() if not (value.is_floating_point() and value.float().isfinite().all())
         },
     }
     described = [f"{len(keys)} {kind} ({first_five(sorted(keys))})" for kind, keys in problems.items() if keys]
     if described:
         raise InputError(f"{weights}: not the weights of this network: {'; '.join(described)}")
-    network.load_state_dict({key: value.float() for key, value in found.items()}, strict=False)
+    network.load_state_dict(found, strict=False)
     return network
 
 
@@ -252,13 +255,12 @@ class Graph:
         self.classifier(self.stage(features, network.layer4), network.layer6, "output_1")
 
 
-def export(network: DeepLabV2, path: Path, opset: int) -> None:
-    """Write the network as ONNX; the same weights give the same bytes."""
-    opsets = [helper.make_opsetid("", opset)]
+def write_graph(network: DeepLabV2) -> bytes:
+    """Write the network as ONNX in memory; the same weights give the same bytes."""
     model = helper.make_model(
         onnx.GraphProto(name="IntraDA"),  # filled in place, since every copy of the weights costs 180 MB
-        opset_imports=opsets,
-        ir_version=helper.find_min_ir_version_for(opsets),  # which the oldest readers of this opset know
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=6,  # the oldest that has this opset, so that the oldest readers take it
         producer_name="intrada_pth2onnx.py",
     )
     make_value = helper.make_tensor_value_info
@@ -267,11 +269,11 @@ def export(network: DeepLabV2, path: Path, opset: int) -> None:
         shape = ["batch", NUM_CLASSES, LOGITS_HEIGHT, LOGITS_WIDTH]
         model.graph.output.append(make_value(output, TensorProto.FLOAT, shape))
     Graph(model.graph).network("image", network)
-    onnx.save(model, str(path))
+    return model.SerializeToString()
 
 
-def verify(network: DeepLabV2, path: Path) -> None:
-    """Check the file with onnx.checker, and ONNX Runtime against torch on a random input at batch sizes 1 and 2.
+def verify(model: bytes, network: DeepLabV2) -> None:
+    """Check the model with onnx.checker, and ONNX Runtime against torch on a random input at batch sizes 1 and 2.
 
     Raises:
         InputError: a logit differs by more than TOLERANCE of the largest logit.
@@ -280,34 +282,38 @@ def verify(network: DeepLabV2, path: Path) -> None:
     import onnxruntime  # only here, so that --skip_verify works without it
 
     print("verifying the export at batch 1 and 2, which takes half a minute on two cores", file=sys.stderr)
-    onnx.checker.check_model(str(path), full_check=True)
+    onnx.checker.check_model(model, full_check=True)
     images = np.random.default_rng(0).uniform(-120, 150, (2, 3, HEIGHT, WIDTH)).astype(np.float32)
     with torch.inference_mode():  # in the layout in which torch's convolutions are fastest
         nhwc = {"memory_format": torch.channels_last}
         expected = [logits.numpy() for logits in network.to(**nhwc)(torch.from_numpy(images[1:]).to(**nhwc))]
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     for batch in (1, 2):  # the image that torch computed comes last
         found = session.run(["output_0", "output_1"], {"image": images[-batch:]})
-        error = max(np.abs(f[-1:] - e).max() / np.abs(e).max() for f, e in zip(found, expected))
+        error = np.max([np.abs(f[-1:] - e).max() / np.abs(e).max() for f, e in zip(found, expected)])
         print(f"batch {batch}: ONNX Runtime differs from torch by at most {error:.1e} of the largest logit", flush=True)
         if not error <= TOLERANCE:  # also when it is NaN
             raise InputError("the export does not match the checkpoint; nothing was written")
+
+
+def write(model: bytes, path: Path) -> None:
+    """Write a file that is complete whenever it has its name."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(model)
+        part.replace(path)
+    finally:
+        if part.exists():
+            part.unlink()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export the IntraDA checkpoint to ONNX and verify the result.")
     parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="checkpoint, .pth")
     parser.add_argument("onnx", metavar="ONNX", type=Path, help="file to write, .onnx")
-    parser.add_argument(
-        "--opset",
-        type=int,
-        choices=range(11, 18),
-        default=11,
-        help="ATC of CANN 5 to 8 takes 11 (default: %(default)s)",
-    )
     parser.add_argument("--skip_verify", action="store_true", help="do not compare ONNX Runtime with torch")
     args = parser.parse_args(argv)
-    if not args.onnx.parent.is_dir() or (args.onnx.exists() and not args.onnx.is_file()):
+    if args.onnx.is_dir() or not args.onnx.parent.is_dir():
         parser.error(f"{args.onnx}: ONNX must be a file path in an existing folder")
     if args.onnx.resolve() == args.weights.resolve():
         parser.error(f"{args.onnx}: ONNX must be another file than WEIGHTS")
@@ -317,25 +323,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     network = load_network(args.weights)
-    part = args.onnx.with_name(f"{args.onnx.name}.{os.getpid()}.part")
-    try:
-        export(network, part, args.opset)
-        if not args.skip_verify:
-            verify(network, part)
-        os.replace(str(part), str(args.onnx))
-    except OSError as error:
-        raise InputError(f"{args.onnx}: cannot be written: {error.strerror}") from None
-    finally:
-        if part.exists():
-            part.unlink()
-    print(f"{args.onnx}: opset {args.opset}, {args.onnx.stat().st_size / 1e6:.1f} MB")
+    model = write_graph(network)
+    if not args.skip_verify:
+        verify(model, network)
+    write(model, args.onnx)
+    print(f"{args.onnx}: opset {OPSET}, {len(model) / 1e6:.1f} MB")
     return 0
 
 
 if __name__ == "__main__":
+    os.umask(os.umask(0) | 0o022)  # no group or other write
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:
         raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

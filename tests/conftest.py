@@ -38,8 +38,10 @@ def walk(tmp_path_factory) -> Walk:
     scripts = [path for ending in ("py", "sh", "txt") for path in ROOT.glob(f"*.{ending}")]
     for path in [*scripts, *map(ROOT.joinpath, ("Makefile", "requirements", "tests", "tools"))]:
         (folder / path.name).symlink_to(path)
-    (folder / "__pycache__").symlink_to(ROOT / "__pycache__")  # numba's machine code, compiled once for all tests
-    for name, command in {"pip3": '[ "$2" != -r ] || test -f "$3"', "make": '/usr/bin/make -n "$@" > /dev/null'}.items():
+    for name, command in {
+        "pip3": '[ "$2" != -r ] || test -f "$3"',
+        "make": '/usr/bin/make -n "$@" > /dev/null',
+    }.items():
         (tools / name).write_text(f"#!/bin/sh\n{command}\n")
         (tools / name).chmod(0o755)
     subprocess.run([sys.executable, ROOT / "tests" / "tiny_cityscapes.py", folder / "cityscapes"], check=True)
@@ -58,4 +60,4 @@ def walk(tmp_path_factory) -> Walk:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that both of pytest-xdist's processes work to the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_torchrun.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_damage.py"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ GOLDEN_DATA_DIR = DATA / "cityscapes"
 GOLDEN_FRAME = "frankfurt_999999_000001"
 GOLDEN = json.loads((DATA / "expected.json").read_text())
 LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+# For subprocess: a process group of its own, in which Ctrl-C works even where the tests run in the background.
+OWN_GROUP = {"start_new_session": True, "preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
 
 sys.path.insert(0, str(ROOT))
 
@@ -52,11 +56,6 @@ def refusal(module: ModuleType, *args: object) -> str:
     raise AssertionError(f"{module.__name__} refuses nothing")
 
 
-def shift_mtime(path: Path, seconds: float) -> None:
-    changed = path.stat().st_mtime + seconds
-    os.utime(path, (changed, changed))
-
-
 def golden_logits() -> np.ndarray:
     """Read the golden logits, (19, 65, 129) float32."""
     return np.load(DATA / "logits_1x19x65x129.npy").astype(np.float32)[0]
@@ -72,20 +71,30 @@ def add_frame(folder: Path, frame: str, truth: np.ndarray, prediction: np.ndarra
     logits.tofile(folder / "r" / f"{frame}_leftImg8bit_1.bin")
 
 
-def save_two_channel_model(path: Path, batch: int | str = "batch", offset: float = 0) -> np.ndarray:
-    """Save a model image (batch, 3, 4, 6) -> two outputs (batch, 2, 4, 6), by 1x1 convolutions, and return its weights.
+def save_small_model(path: Path, batch: int | str = "batch", seed: int = 0) -> np.ndarray:
+    """Save a model of the full shapes, cheap and computable by hand: 1x1 convolutions of every eighth pixel.
 
     Returns:
-        (2, 2, 3) float32: output, channel, input channel.
+        (2, 19, 3) float32: output, channel, input channel.
     """
-    weights = np.arange(2 * 2 * 3, dtype=np.float32).reshape(2, 2, 3) - 5 + offset
-    nodes = [helper.make_node("Conv", ["image", f"weight_{i}"], [f"output_{i}"]) for i in range(2)]
+    weights = np.random.default_rng(seed).integers(-9, 10, (2, 19, 3)).astype(np.float32)
+    options = {"strides": [8, 8], "pads": [0, 0, 1, 1]}
+    nodes = [helper.make_node("Conv", ["image", f"weight_{i}"], [f"output_{i}"], **options) for i in range(2)]
     initializers = [numpy_helper.from_array(weights[i, :, :, None, None], f"weight_{i}") for i in range(2)]
-    inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, 4, 6])]
-    outputs = [helper.make_tensor_value_info(f"output_{i}", TensorProto.FLOAT, [batch, 2, 4, 6]) for i in range(2)]
-    graph = helper.make_graph(nodes, "two_channels", inputs, outputs, initializers)
+    shapes = {"image": (3, 512, 1024), "output_0": (19, 65, 129), "output_1": (19, 65, 129)}
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, *shape]) for n, shape in shapes.items()]
+    graph = helper.make_graph(nodes, "small", values[:1], values[1:], initializers)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6), path)
     return weights
+
+
+def save_frames(folder: Path, frames: list[str]) -> list[np.ndarray]:
+    """Save folder/<frame>_leftImg8bit.bin, all different, and return their contents, each (3, 512, 1024) float32."""
+    folder.mkdir(exist_ok=True)
+    images = [np.random.default_rng(n).integers(-9, 10, (3, 512, 1024), np.int8) for n in range(len(frames))]
+    for frame, image in zip(frames, images):
+        image.astype("<f4").tofile(folder / f"{frame}_leftImg8bit.bin")
+    return [image.astype(np.float32) for image in images]
 
 
 def read_blocks(text: str) -> list[tuple[str, str | None]]:

@@ -1,20 +1,22 @@
-"""Flipped bits and kills at random moments: refused, or the result of an undisturbed run. SOAK=1 tries many more."""
+"""Flipped bits, kills and Ctrl-C: refused, or the result of an undisturbed run. SOAK=1 tries many more at random."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -23,10 +25,11 @@ from hypothesis import strategies as st
 import intrada_postprocess as postprocess
 import intrada_preprocess as preprocess
 import intrada_pth2onnx as pth2onnx
-from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, ROOT, golden_logits, save_two_channel_model
+from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, OWN_GROUP, ROOT, golden_logits, save_frames, save_small_model
 
 SOAK = bool(os.environ.get("SOAK"))
 IMAGE, LABEL = sorted(GOLDEN_DATA_DIR.rglob("*.png"), reverse=True)
+LOGITS = f"{GOLDEN_FRAME}_leftImg8bit_1.bin"
 KILLS, FRAMES = (20, 20) if SOAK else (1, 10)
 MOMENTS = random.Random(None if SOAK else 0)
 
@@ -83,12 +86,10 @@ def test_a_flipped_bit_in_an_image(tmp_path):
     image = tmp_path / IMAGE.relative_to(GOLDEN_DATA_DIR)
     image.parent.mkdir(parents=True)
     shutil.copy(IMAGE, image)
-    folders = iter(range(1000))  # a process locks a folder until it ends
 
     def run() -> str:
-        folder = tmp_path / f"prep_{next(folders)}"
-        preprocess.main([str(tmp_path), str(folder)])
-        (target,) = folder.iterdir()
+        preprocess.main([str(tmp_path), str(tmp_path / "prep")])
+        (target,) = (tmp_path / "prep").iterdir()
         sha256 = hashlib.sha256(target.read_bytes()).hexdigest()
         target.unlink()
         return sha256
@@ -146,66 +147,51 @@ def kill_and_restart(folder: Path, command: list[object]) -> None:
     print(f"\n{command[0].name}: {KILLS} kills, {halfway} of them after the first result and before the last")
 
 
-def add_frames(folder: Path, count: int) -> None:
-    """Add copies of the golden image and label as links."""
-    for path in (IMAGE, LABEL):
-        for n in range(count):
-            link = folder / str(path.relative_to(GOLDEN_DATA_DIR)).replace(GOLDEN_FRAME, f"frankfurt_{n:06}")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-
-
 def test_preprocess_killed_and_restarted(tmp_path):
-    add_frames(tmp_path, FRAMES)
+    for n in range(FRAMES):
+        link = tmp_path / str(IMAGE.relative_to(GOLDEN_DATA_DIR)).replace(GOLDEN_FRAME, f"frankfurt_{n:06}")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(IMAGE)
     kill_and_restart(tmp_path / "prep", [ROOT / "intrada_preprocess.py", tmp_path, tmp_path / "prep"])
 
 
-def test_postprocess_killed_and_restarted(tmp_path):
-    add_frames(tmp_path, FRAMES)
-    (tmp_path / "result").mkdir()
-    for n in range(FRAMES):
-        logits = np.roll(golden_logits(), n, axis=0)
-        logits.tofile(tmp_path / "result" / f"frankfurt_{n:06}_leftImg8bit_1.bin")
-    labels = tmp_path / "labels"
-    command = [ROOT / "intrada_postprocess.py", tmp_path, tmp_path / "result", "--save_labels", labels]
-    kill_and_restart(labels, command)
+def test_infer_killed_and_restarted(tmp_path):
+    save_small_model(tmp_path / "x.onnx")
+    save_frames(tmp_path / "prep", [f"ulm_{n}" for n in range(FRAMES)])
+    args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path, "--loop", 200]
+    kill_and_restart(tmp_path / "r", [ROOT / "tools/infer.py", *args, "--output_dirname", "r"])
 
 
-@pytest.fixture
-def infer(tmp_path) -> list[object]:
-    """The command that infers 100 frames, without the name of its --output_dirname."""
-    save_two_channel_model(tmp_path / "x.onnx")
-    (tmp_path / "prep").mkdir()
-    for n in range(100):
-        np.full((3, 4, 6), n, "<f4").tofile(tmp_path / "prep" / f"frame_{n}.bin")
-    args = ["--model", tmp_path / "x.onnx", "--input", tmp_path / "prep", "--output", tmp_path, "--loop", 50]
-    return [ROOT / "tools/infer.py", *args, "--output_dirname"]
-
-
-def test_infer_killed_and_restarted(tmp_path, infer):
-    kill_and_restart(tmp_path / "result", [*infer, "result"])
-
-
-def test_infer_killed_between_two_models(tmp_path, infer):
-    """The results left are all of the model that the note names."""
-    run([*infer, "first"])
-    save_two_channel_model(tmp_path / "x.onnx", offset=1)
-    elapsed_s = run([*infer, "second"])
-    expected, left = {}, collections.Counter()
-    for model in ("first", "second"):
-        note = json.loads((tmp_path / f"{model}_model.json").read_text())
-        expected[note["model_sha256"]] = model, contents(tmp_path / model)
-    assert len(expected) == 2
-    for n in range(KILLS):
-        result = tmp_path / f"result_{n}"
-        shutil.copytree(tmp_path / "first", result)
-        shutil.copy(tmp_path / "first_model.json", tmp_path / f"result_{n}_model.json")
-        kill([*infer, result.name], elapsed_s)
-        note = json.loads((tmp_path / f"result_{n}_model.json").read_text())
-        model, results = expected[note["model_sha256"]]
-        found = {name: content for name, content in contents(result).items() if not name.endswith(".part")}
-        assert found.items() <= results.items()
-        left[f"{'all' if len(found) == len(results) else 'a part'} of the {model} model's"] += 1
-        run([*infer, result.name])
-        assert contents(result) == contents(tmp_path / "second")
-    print(f"\ntools/infer.py with two models: {KILLS} kills left {dict(left)}")
+@pytest.mark.parametrize(
+    ("command", "blocked"),
+    [
+        ("intrada_preprocess.py data prep", Path("data", IMAGE.relative_to(GOLDEN_DATA_DIR))),
+        ("intrada_pth2onnx.py x.pth y.onnx", "x.pth"),
+        ("intrada_postprocess.py data r", Path("data", LABEL.relative_to(GOLDEN_DATA_DIR))),
+        ("tools/infer.py --model x.onnx", "x.onnx"),
+        ("tools/compare.py r baseline", f"r/{LOGITS}"),
+        ("tools/report.py m.json", "m.json"),
+    ],
+)
+def test_ctrl_c_ends_a_shell_s_loop_at_once(tmp_path, command, blocked):
+    """Pressed while the script waits for a pipe into which nobody writes."""
+    shutil.copytree(GOLDEN_DATA_DIR, tmp_path / "data")
+    for path in (f"r/{LOGITS}", f"baseline/{LOGITS}", blocked):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"")
+    pipe = tmp_path / blocked
+    pipe.unlink()
+    os.mkfifo(pipe)
+    loop = f"for i in 1 2 3; do {shlex.quote(sys.executable)} {ROOT}/{command}; echo next; done"
+    process = subprocess.Popen(["bash", "-c", loop], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               **OWN_GROUP)  # fmt: skip
+    writer = None
+    while writer is None and process.poll() is None:
+        time.sleep(0.01)
+        with contextlib.suppress(OSError):  # until the script opens it
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    if writer is not None:
+        os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (-signal.SIGINT, b"")
+    os.close(writer)

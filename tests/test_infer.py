@@ -1,295 +1,198 @@
-"""tools/infer.py against ais_bench's rules, with models small enough to compute by hand."""
+"""tools/infer.py against ais_bench's rules, with a model small enough to compute by hand."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
 
+import intrada_postprocess
 import tools.infer as tool
-from support import ROOT, error_of, refusal, run, save_two_channel_model, shift_mtime
+from support import ROOT, add_frame, error_of, run, save_frames, save_small_model
 
 SCRIPT = "tools/infer.py"
+FRAMES = ["ulm_10", "ulm_8", "ulm_9"]  # sorted plainly
+RUN = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", "r"
+NOTE, SUMMARY = Path("result/r_model.json"), Path("result/r_summary.json")
 
 
 @pytest.fixture
-def model(tmp_path, monkeypatch) -> Iterator[Path]:
-    """x.onnx in the current folder, where new files are writable by the group."""
+def images(tmp_path, monkeypatch) -> list[np.ndarray]:
+    """x.onnx and prep/ with three frames in the current folder; the frames' contents."""
     monkeypatch.chdir(tmp_path)
-    umask = os.umask(0o002)
-    save_two_channel_model(tmp_path / "x.onnx")
-    yield tmp_path / "x.onnx"
-    os.umask(umask)
+    save_small_model(Path("x.onnx"))
+    return save_frames(Path("prep"), FRAMES)
 
 
 def infer(*args: object) -> str:
     """Infer prep into result/r in this process; return what is printed, or the message of an InputError."""
-    words = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", "r", *args
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            tool.main([str(word) for word in words])
+            tool.main([*RUN, *map(str, args)])
         return printed.getvalue()
     except tool.InputError as error:
         return str(error)
-    finally:  # unlock the folder as the end of a process does
-        for descriptor in list(Path("/proc/self/fd").iterdir()):
-            if descriptor.exists() and descriptor.resolve() == Path("result/r").resolve():
-                os.close(int(descriptor.name))
 
 
-def save_frames(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Save prep/frame_0.bin, frame_1.bin, ... and return their contents, each (3, 4, 6) float32."""
-    Path("prep").mkdir(exist_ok=True)
-    images = list(np.random.default_rng(seed).integers(-9, 9, (count, 3, 4, 6)).astype(np.float32))
-    for n, image in enumerate(images):
-        image.tofile(f"prep/frame_{n}.bin")
-    return images
+def result_of(frame: str, output: int) -> Path:
+    return Path("result/r", f"{frame}_leftImg8bit_{output}.bin")
 
 
-def results() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path("result/r").iterdir() if path.is_file()}
-
-
-def read_json(what: str) -> dict:
-    return json.loads(Path(f"result/r_{what}.json").read_text())
+def contents(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def expected(weights: np.ndarray, images: list[np.ndarray]) -> dict[str, bytes]:
+    """Compute the results by hand: every eighth pixel, and zeros beyond the last ones."""
+    points = [np.pad(image, ((0, 0), (0, 1), (0, 1)))[:, ::8, ::8] for image in images]
     return {
-        f"frame_{n}_{i}.bin": np.tensordot(weights[i], image, 1).astype("<f4").tobytes()
-        for n, image in enumerate(images)
+        result_of(frame, i).name: np.tensordot(weights[i], image, 1).astype("<f4").tobytes()
+        for frame, image in zip(FRAMES, points)
         for i in (0, 1)
     }
 
 
-@pytest.mark.parametrize("count", [1, 6])
-@pytest.mark.parametrize("outfmt", ["BIN", "NPY"])
-def test_every_frame_gets_its_own_outputs_at_a_fixed_batch_of_4(model, count, outfmt):
-    weights = save_two_channel_model(model, batch=4)  # as an .om has
-    images = save_frames(count)
-    assert "--batchsize 4" in infer()
-    infer("--batchsize", 4, "--outfmt", outfmt)
-    found = results()
-    if outfmt == "NPY":
-        found = {f"{Path(name).stem}.bin": np.load(f"result/r/{name}").tobytes() for name in found}
-    assert found == expected(weights, images)
+@pytest.mark.parametrize("batch", [2, 4])
+def test_every_frame_gets_its_own_outputs_at_a_fixed_batch(images, batch):
+    weights = save_small_model(Path("x.onnx"), batch)  # as an .om has
+    assert "failed at --batchsize 1: " in infer()
+    infer("--batchsize", batch)
+    assert contents("result/r") == expected(weights, images)
 
 
-def test_the_summary_has_ais_bench_s_keys_and_what_ran_and_the_note_the_digests(model):
-    images = save_frames(11)
-    start = time.perf_counter()
-    printed = infer("--batchsize", 4)
-    wall_s = time.perf_counter() - start
-    summary = read_json("summary")
-    infiles = [Path(name).stem for group in summary["filesinfo"].values() for name in group["infiles"]]
-    assert infiles == [f"frame_{n}" for n in range(11)]  # 2 before 10
-    assert [len(group["infiles"]) for group in summary["filesinfo"].values()] == [4, 4, 3]
-    outfiles = [f"result/r/frame_{n}_{i}.bin" for n in (8, 9, 10) for i in (0, 1)]
-    assert summary["filesinfo"]["2"]["outfiles"] == outfiles
-    for times in ("NPU_compute_time", "H2D_latency", "D2H_latency"):
-        assert list(summary[times]) == ["min", "max", "mean", "median", "percentile(99%)", "count"]
-        assert summary[times]["count"] == 3
-    assert summary["NPU_compute_time"]["mean"] == pytest.approx(np.mean(summary["npu_compute_time_list"]))
-    assert summary["throughput"] == pytest.approx(4000 / summary["NPU_compute_time"]["mean"])
-    assert 11 / summary["end_to_end_throughput"] <= wall_s
-    assert summary["end_to_end_throughput"] < summary["throughput"]
-    assert summary["model_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
-    ran = [summary[key] for key in ("model", "provider", "batchsize", "device")]
-    assert ran == [str(model), "cpu", 4, [0]]
-    assert summary["versions"]["onnxruntime"] == onnxruntime.__version__
-    assert "frames: 11 (11 inferred, 0 kept), " in printed
-    assert read_json("model") == {
-        "model": str(model),
+def test_a_group_is_padded_with_its_first_frame(images):
+    padded = tool.read_group(sorted(Path("prep").iterdir())[1:], 4)
+    np.testing.assert_array_equal(padded, np.stack(images)[[1, 2, 1, 1]])
+
+
+def test_the_summary_has_the_figures_and_what_ran_and_the_note_the_digests(images):
+    printed = infer("--batchsize", 2, "--loop", 3)
+    summary, note = json.loads(SUMMARY.read_text()), json.loads(NOTE.read_text())
+    digests = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    listed = "".join(f"{frame}_leftImg8bit.bin {digest}\n" for frame, digest in zip(FRAMES, digests))
+    assert note == {
+        "model_sha256": hashlib.sha256(Path("x.onnx").read_bytes()).hexdigest(),
         "provider": "cpu",
-        "batchsize": 4,
-        "model_sha256": summary["model_sha256"],
-        "inputs": {f"frame_{n}": hashlib.sha256(image.tobytes()).hexdigest() for n, image in enumerate(images)},
+        "inputs_sha256": hashlib.sha256(listed.encode()).hexdigest(),
     }
+    assert note.items() <= summary.items()
+    groups = [["ulm_10", "ulm_8"], ["ulm_9"]]
+    for group, info in zip(groups, summary["filesinfo"].values()):
+        assert info["infiles"] == [f"prep/{frame}_leftImg8bit.bin" for frame in group]
+        assert info["outfiles"] == [str(result_of(frame, i)) for frame in group for i in (0, 1)]
+    times = summary["npu_compute_time_list"]
+    assert len(times) == summary["NPU_compute_time"]["count"] == 2 * 3
+    assert summary["NPU_compute_time"]["mean"] == pytest.approx(np.mean(times))
+    assert summary["throughput"] == pytest.approx(2000 / np.mean(times))
+    assert summary["end_to_end_throughput"] < summary["throughput"]
+    assert (summary["batchsize"], summary["device"], Path(summary["model"])) == (2, 0, Path("x.onnx").resolve())
+    assert summary["versions"]["onnxruntime"] == onnxruntime.__version__
+    speeds = f"{summary['throughput']:.2f} frames/s (model), {summary['end_to_end_throughput']:.2f} ("
+    assert printed.startswith(f"provider cpu, frames: 3 (3 inferred, 0 kept), {speeds}")
 
 
-def test_files_are_readable_by_all_and_writable_by_one_whatever_the_umask(model):
-    save_frames(1)
+def test_results_are_as_closed_as_ais_bench_requires_whatever_the_umask(images):
+    run(SCRIPT, *RUN, umask=0o002)
+    made = "result", "result/r", NOTE, SUMMARY, result_of("ulm_8", 1)
+    assert [oct(Path(path).stat().st_mode & 0o777) for path in made] == ["0o750"] * 2 + ["0o640"] * 3
+
+
+# ---------------------------------------------------------------------------------------------------- resuming
+
+
+def test_another_batch_size_or_path_of_the_same_bytes_changes_nothing(images):
     infer()
-    made = "result", "result/r", "result/r_summary.json", "result/r/frame_0_1.bin"
-    assert [oct(Path(path).stat().st_mode & 0o777) for path in made] == ["0o750", "0o750", "0o644", "0o644"]
+    before = contents("result")
+    Path("prep").rename("other")
+    Path("x.onnx").rename("y.onnx")
+    assert "(0 inferred, 3 kept), in result/r" in infer("--model", "y.onnx", "--input", "other", "--batchsize", 2)
+    assert contents("result") == before
 
 
-def test_npy_inputs_are_inferred_like_bin_ones(model):
-    images = save_frames(2)
+def test_only_frames_that_lack_an_output_are_inferred_again(images):
     infer()
-    from_bin = results()
-    for n, image in enumerate(images):
-        Path(f"prep/frame_{n}.bin").unlink()
-        np.save(f"prep/frame_{n}.npy", image[None] if n else image)
-    assert "(2 inferred, 0 kept)" in infer()
-    assert results() == from_bin
+    before = contents("result/r")
+    result_of("ulm_8", 0).unlink()
+    result_of("ulm_9", 1).write_bytes(b"kept")
+    assert "(1 inferred, 2 kept)" in infer()
+    assert contents("result/r") == {**before, result_of("ulm_9", 1).name: b"kept"}
+    (group,) = json.loads(SUMMARY.read_text())["filesinfo"].values()
+    assert group["infiles"] == ["prep/ulm_8_leftImg8bit.bin"]
 
 
-def test_what_exists_in_its_full_size_is_kept_whatever_its_time(model):
-    save_frames(5)
-    infer("--batchsize", 2)
-    first, summary = results(), read_json("summary")
-    for path in Path("result/r").iterdir():
-        shift_mtime(path, -3600)
-    assert "(0 inferred, 5 kept)" in infer("--batchsize", 2)
-    assert read_json("summary") == summary
-
-    Path("result/r/frame_3_0.bin").unlink()
-    os.truncate("result/r/frame_1_1.bin", 100)
-    assert "(2 inferred, 3 kept)" in infer("--batchsize", 2)
-    assert len(read_json("summary")["filesinfo"]["0"]["infiles"]) == 2
-    assert results() == first
-    assert "(5 inferred, 0 kept)" in infer("--batchsize", 2, "--overwrite")
-
-
-def test_a_run_killed_before_its_summary_gets_one_when_restarted(model):
-    save_frames(5)
+def test_a_run_killed_before_its_summary_infers_its_last_group_again(images):
     infer()
-    first = results()
-    Path("result/r_summary.json").unlink()
-    assert "(1 inferred, 4 kept)" in infer()
-    assert read_json("summary")["throughput"] > 0
-    assert results() == first
-
-
-def test_a_speed_test_does_not_replace_the_summary_of_results(model):
-    save_frames(2)
-    infer()
-    summary = read_json("summary")
-    message = refusal(tool, "--model", model, "--output", "result", "--output_dirname", "r")
-    assert message.startswith("result/r: holds results")
-    assert read_json("summary") == summary
-
-
-def test_only_frames_whose_input_has_changed_are_inferred_again(model):
-    save_frames(5)
-    infer()
-    prep, other = Path("prep"), Path("other")
-    shutil.copytree(prep, other)
-    changed = np.ones((3, 4, 6), "<f4")
-    changed.tofile(other / "frame_2.bin")
-    shift_mtime(other / "frame_2.bin", -3600)
-    assert "(1 inferred, 4 kept)" in infer("--input", other)
-    weights = save_two_channel_model(model)
-    assert results()["frame_2_1.bin"] == np.tensordot(weights[1], changed, 1).tobytes()
-    shutil.copy2(prep / "frame_2.bin", other)  # cp -p
-    assert "(1 inferred, 4 kept)" in infer("--input", other)
-
-
-@pytest.mark.parametrize("what", ["model", "input"])
-def test_an_interrupted_run_leaves_no_results_of_the_old_model_or_input(model, what):
-    """The third frame cannot be written, which leaves the folder as a kill at that moment does."""
-    images = save_frames(4)
-    weights = save_two_channel_model(model)
-    infer()
-    if what == "model":
-        weights = save_two_channel_model(model, offset=9)
-        shift_mtime(model, -3600)
-    else:
-        images = save_frames(4, seed=1)
-    full = expected(weights, images)
-    obstacle = Path("result/r/frame_2_0.bin.part")
-    obstacle.mkdir()
-    assert "frame_2_0.bin: cannot be written" in infer()
-    assert results() == {name: full[name] for name in full if name < "frame_2"}
-    assert not Path("result/r_summary.json").exists()
-    obstacle.rmdir()
-    assert "(2 inferred, 2 kept)" in infer()
-    assert results() == full
-
-
-def test_the_note_is_rewritten_only_after_all_old_results_are_removed(model):
-    save_frames(2)
-    infer()
-    note = read_json("model")
-    save_two_channel_model(model, offset=9)
-    Path("result/r/frame_1_1.bin").unlink()
-    Path("result/r/frame_1_1.bin").mkdir()  # cannot be removed
-    with pytest.raises(OSError, match="frame_1_1"):
-        infer()
-    assert read_json("model") == note
+    before = contents("result/r")
+    SUMMARY.unlink()
+    assert "(2 inferred, 1 kept)" in infer("--batchsize", 2)
+    assert json.loads(SUMMARY.read_text())["throughput"] > 0
+    assert contents("result/r") == before
 
 
 @pytest.mark.parametrize(
-    ("what", "change", "words"),
+    ("change", "words"),
     [
-        ("model", {"model": "/y.onnx"}, "/y.onnx"),
-        ("model", {"provider": "cuda"}, "provider cuda"),
-        ("model", {"batchsize": 2}, "batchsize 2"),
-        ("model", "{", "unknown"),
-        ("model", "[]", "unknown"),
-        ("summary", '{"throughput": 1.0}', "unknown"),  # ais_bench's, which has written over the results
+        (lambda: save_small_model(Path("x.onnx"), seed=1), "another model; "),
+        (lambda: Path("prep/ulm_9_leftImg8bit.bin").rename("prep/ulm_7_leftImg8bit.bin"), "another input; "),
+        (lambda: NOTE.write_text(NOTE.read_text().replace("cpu", "cuda")), "another provider; "),
+        (lambda: NOTE.unlink(), "unknown origin; "),
+        (lambda: NOTE.write_text("{"), "unknown origin; "),
+        (lambda: SUMMARY.write_text('{"throughput": 1.0}'), "ais_bench or "),  # which has written over the results
     ],
 )
-def test_results_of_other_settings_or_of_unknown_origin_need_overwrite(model, what, change, words):
-    save_frames(2)
+def test_results_of_something_else_are_refused_unless_overwritten(images, change: Callable[[], object], words):
     infer()
-    text = json.dumps({**read_json("model"), **change}) if isinstance(change, dict) else change
-    Path(f"result/r_{what}.json").write_text(text)
+    change()
+    before = contents("result")
     message = infer()
-    assert words in message
-    assert "--overwrite" in message
-    assert Path(f"result/r_{what}.json").read_text() == text
-    assert "(2 inferred, 0 kept)" in infer("--overwrite")
-    assert "(0 inferred, 2 kept)" in infer()
+    assert message.startswith("result/r: holds results of ")
+    assert all(part in message for part in (words, "--output_dirname", "--overwrite"))
+    assert contents("result") == before
+    assert "(3 inferred, 0 kept)" in infer("--overwrite")
+    assert "(0 inferred, 3 kept)" in infer()
 
 
-def test_unexpected_results_are_refused_by_name(model):
-    save_frames(2)
+def test_an_interrupted_overwrite_leaves_only_results_that_the_note_names(images):
+    """A folder in a file's place stops it as a kill at that moment does."""
     infer()
-    message = infer("--outfmt", "NPY")
-    assert all(name in message for name in results())
-    Path("result/r/unexpected_1.bin").write_bytes(b"")
-    message = infer("--overwrite")
-    assert "unexpected_1.bin" in message
-    assert "frame" not in message.partition("--outfmt")[2]
+    old_note = NOTE.read_text()
+    weights = save_small_model(Path("x.onnx"), seed=1)
+    obstacle = result_of("ulm_9", 1)  # cannot be removed
+    obstacle.unlink()
+    obstacle.mkdir()
+    with pytest.raises(OSError, match=obstacle.name):
+        infer("--overwrite")
+    assert (NOTE.read_text(), SUMMARY.exists(), contents("result/r")) == (old_note, False, {})
+    obstacle.rmdir()
+    obstacle = obstacle.with_name("ulm_9_leftImg8bit_0.bin.part")  # cannot be written
+    obstacle.mkdir()
+    with pytest.raises(OSError, match=obstacle.name):
+        infer("--overwrite")
+    new = expected(weights, images)
+    assert contents("result/r") == {name: new[name] for name in new if not name.startswith("ulm_9")}
+    assert json.loads(NOTE.read_text())["model_sha256"] == hashlib.sha256(Path("x.onnx").read_bytes()).hexdigest()
+    obstacle.rmdir()
+    assert "(1 inferred, 2 kept)" in infer()
+    assert contents("result/r") == new
 
 
-def test_two_runs_do_not_write_to_one_folder(model):
-    save_frames(1)
-    folder = Path("result/r")
-    folder.mkdir(parents=True)
-    held = os.open(folder, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    args = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", "r"
-    assert error_of(SCRIPT, *args).startswith("result/r: another run")
-    os.close(held)
-    assert "(1 inferred, 0 kept)" in infer()
+# ---------------------------------------------------------------------------------------------------- options
 
 
-def test_the_last_group_is_padded_with_its_first_frame(model):
-    """By a model whose output is the mean over the batch."""
-    nodes = [helper.make_node("ReduceMean", ["image"], ["output_0"], axes=[0], keepdims=1),
-             helper.make_node("Add", ["image", "output_0"], ["output_1"])]  # fmt: skip
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 3, 4, 6]) for n in ("image", "output_1")]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6), model)
-    images = save_frames(6)
-    infer("--batchsize", 4, "--loop", 3)
-    found = np.fromfile("result/r/frame_5_0.bin", "<f4").reshape(3, 4, 6)
-    np.testing.assert_allclose(found, images[5] + (3 * images[4] + images[5]) / 4, atol=1e-5)
-    assert read_json("summary")["NPU_compute_time"]["count"] == 2 * 3
-
-
-def test_zeros_are_timed_as_often_as_loop_requires_and_their_logits_are_not_saved(model, capsys):
+def test_zeros_are_timed_as_often_as_loop_requires_and_their_logits_are_not_saved(images, capsys):
     for loop in (5, 2):  # never kept
-        args = ["--model", "x.onnx", "--output", "perf", "--output_dirname", "bs4", "--batchsize", "4"]
-        tool.main([*args, "--loop", str(loop)])
+        options = "--output", "perf", "--output_dirname", "bs4", "--batchsize", "4", "--loop", str(loop)
+        tool.main(["--model", "x.onnx", *options])
         assert f"runs on zeros: {loop}, " in capsys.readouterr().out
         assert [path.name for path in Path("perf").iterdir()] == ["bs4_summary.json"]
         summary = json.loads(Path("perf/bs4_summary.json").read_text())
@@ -297,11 +200,9 @@ def test_zeros_are_timed_as_often_as_loop_requires_and_their_logits_are_not_save
         assert summary["filesinfo"]["0"]["infiles"] == ["pure_infer_data"]
 
 
-def test_without_output_nothing_is_saved_and_without_a_name_the_folder_is_dated(model):
-    save_frames(1)
-    before = sorted(Path().rglob("*"))
+def test_without_output_nothing_is_saved_and_without_a_name_the_folder_is_dated(images):
     tool.main(["--model", "x.onnx", "--input", "prep"])
-    assert sorted(Path().rglob("*")) == before
+    assert sorted(path.name for path in Path().iterdir()) == ["prep", "x.onnx"]
     tool.main(["--model", "x.onnx", "--input", "prep", "--output", "result"])
     folder, note, summary = sorted(Path("result").iterdir())
     assert re.fullmatch(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d", folder.name)
@@ -311,70 +212,93 @@ def test_without_output_nothing_is_saved_and_without_a_name_the_folder_is_dated(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--model", "none.onnx"], "none.onnx: no such file"),
-        (["--model", "prep/frame_0.bin"], "prep/frame_0.bin: --provider cpu cannot run it: "),
-        (["--input", "none"], "none: no such folder"),
-        (["--input", "empty"], "empty: no .bin or .npy"),
-        (["--input", "wrong"], "wrong: 5 of 6 files are not float32 (3, 4, 6), 288 bytes: "
-         "cut.bin, double.npy, hwc.npy, text.npy, zip.npy"),
-        (["--input", "same"], "same/a.x.bin and same/a.y.bin"),
+        (["--model", "prep/ulm_8_leftImg8bit.bin"], "prep/ulm_8_leftImg8bit.bin: --provider cpu cannot run it: "),
+        (["--model", "one.onnx"], "one.onnx: has image ['batch', 3, 512, 1024], output_0 "),
+        (["--model", "external.onnx"], "external.onnx: has weights in another file; "),
+        (["--input", "none"], "none: no .bin; "),
+        (["--input", "wrong"], "wrong: 2 of 3 files are not 6291456 bytes: cut.bin, long.bin"),
+        pytest.param(["--provider", "azure"], "--provider azure cannot run it: ", marks=pytest.mark.skipif(
+            "azure" not in tool.PROVIDERS, reason="needs a provider that leaves this model to the CPU")),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(model, args, words):
-    save_frames(1)
-    for folder in ("empty", "wrong", "same"):
-        Path(folder).mkdir()
-    for path in ("wrong/right.bin", "same/a.x.bin", "same/a.y.bin"):
-        Path(path).write_bytes(bytes(288))
-    for path, content in {"cut.bin": b"1234", "text.npy": b"no npy", "zip.npy": b"PK no npy"}.items():
-        Path("wrong", path).write_bytes(content)
-    np.save("wrong/double.npy", np.zeros((3, 4, 6)))
-    np.save("wrong/hwc.npy", np.zeros((4, 6, 3), np.float32))
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(images, args, words):
+    onnx.save(onnx.load("x.onnx"), "external.onnx", save_as_external_data=True, size_threshold=0)
+    model = onnx.load("x.onnx")
+    del model.graph.output[1]
+    onnx.save(model, "one.onnx")
+    Path("wrong").mkdir()
+    for name, size in {"cut": 6291452, "right": 6291456, "long": 6291460}.items():
+        with Path(f"wrong/{name}.bin").open("wb") as file:
+            file.truncate(size)
     assert words in infer(*args)
     assert not Path("result").exists()
 
 
-@pytest.mark.skipif(
-    "AzureExecutionProvider" not in onnxruntime.get_available_providers(),
-    reason="needs an onnxruntime with a provider that leaves this model to the CPU",
-)
-def test_a_provider_that_leaves_the_work_to_the_cpu_is_refused(model):
-    save_frames(1)
-    assert "--provider azure cannot run it" in infer("--provider", "azure")
+def test_a_missing_model_is_one_line(images):
+    assert "none.onnx" in error_of(SCRIPT, "--model", "none.onnx")
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ([], "required: --model"),
-        (["--model", "x.onnx", "--batchsize", "0"], "--batchsize: must be an integer, 1 or more"),
-        (["--model", "x.onnx", "--warmup_count", "-1"], "--warmup_count: must be an integer, 0 or more"),
-        (["--model", "x.onnx", "--outfmt", "TXT"], "--outfmt"),
-        (["--model", "x.onnx", "--output_dirname", "r"], "--output_dirname needs --output"),
-        (["--model", "x.onnx", "--output", "o", "--output_dirname", ".."], "--output_dirname"),
-        (["--model", "x.onnx", "--device", "1"], "--device needs a --provider"),
-        (["--provider", "none", "--help"], "--provider: this onnxruntime has "),
-    ],
-)
-def test_wrong_usage_exits_2(capsys, args, words):
+def test_a_folder_s_name_without_output_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
-        tool.main(args)
-    assert words in capsys.readouterr().err
+        tool.main(["--model", "x.onnx", "--output_dirname", "r"])
+    assert "--output_dirname needs --output" in capsys.readouterr().err
 
 
-def test_onnxruntime_records_no_telemetry(model):
+def test_onnxruntime_records_no_telemetry(images):
     """It would keep below HOME what it sends to Microsoft."""
     Path("home").mkdir()
     settings = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    run(SCRIPT, "--model", model, env={**settings, "HOME": str(model.parent / "home")})
+    run(SCRIPT, "--model", "x.onnx", env={**settings, "HOME": str(Path("home").resolve())})
     assert list(Path("home").rglob("*")) == []
 
 
 def test_telemetry_is_off_wherever_onnxruntime_is_imported():
     paths = [*ROOT.glob("*.py"), *ROOT.glob("t*/**/*.py")]
-    importing = {path for path in paths if re.search(r"^\s*import onnxruntime$", path.read_text(), re.MULTILINE)}
+    split = {path: re.split(r"^\s*import onnxruntime$", path.read_text(), flags=re.MULTILINE) for path in paths}
+    importing = {path: parts[0] for path, parts in split.items() if len(parts) > 1}
     assert ROOT / SCRIPT in importing
-    for path in importing:
-        before = re.split(r"^\s*import onnxruntime$", path.read_text(), flags=re.MULTILINE)[0]
-        # conftest.py has set it for the tests
+    for path, before in importing.items():  # conftest.py has set it for the tests
         assert "ORT_DISABLE_TELEMETRY" in before or path.name.startswith("test_"), path
+
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+
+def infer_as_rank(rank: int, ranks: int, *args: object, status: int = 0) -> str:
+    settings = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "1"}
+    done = run(SCRIPT, *args, status=status, env={**os.environ, **settings})
+    return done.stdout or done.stderr
+
+
+def test_the_results_of_two_ranks_are_those_of_one_process(images):
+    for frame, label in zip(FRAMES, np.random.default_rng(0).integers(0, 19, (3, 65, 129))):
+        add_frame(Path("data"), frame, label, label)
+    infer("--output_dirname", "alone")
+    shares = [["ulm_10", "ulm_9"], ["ulm_8"]]
+    for rank, share in enumerate(shares):
+        for inferred in (len(share), 0):
+            counts = f"frames: {len(share)} ({inferred} inferred, {len(share) - inferred} kept)"
+            printed = infer_as_rank(rank, 2, *RUN, "--device", 4)
+            assert printed.startswith(f"rank {rank} of 2: provider cpu, {counts}")
+        names = sorted(result_of(frame, i).name for frame in share for i in (0, 1))
+        assert sorted(path.name for path in Path(f"result/r/device{rank}").iterdir()) == names
+        assert json.loads(Path(f"result/r/device{rank}_summary.json").read_text())["device"] == 4 + 1
+        assert Path(f"result/r/device{rank}_model.json").is_file()
+    metrics = []
+    for folder in ("result/alone", "result/r"):
+        intrada_postprocess.main(["data", folder, "--json", "metrics.json"])
+        metrics.append(json.loads(Path("metrics.json").read_text()))
+    assert metrics[0]["confusion_matrix"] == metrics[1]["confusion_matrix"]
+    assert 0 < metrics[0]["miou"] < 1
+    found = contents("result/r")
+    assert {name: found[name] for name in found if name.endswith(".bin")} == contents("result/alone")
+
+
+def test_a_rank_without_frames_ends_well_and_without_a_folder_s_name_badly(images):
+    assert "rank 3 of 4: provider cpu, frames: 0 (0 inferred, 0 kept)" in infer_as_rank(3, 4, *RUN)
+    assert "--output_dirname is required" in infer_as_rank(0, 4, *RUN[:-2], status=2)
+
+
+def test_rank_alone_is_one_process(images):
+    printed = run(SCRIPT, *RUN, env={**os.environ, "RANK": "1"}).stdout
+    assert printed.startswith("provider cpu, frames: 3 (3 inferred, 0 kept)")

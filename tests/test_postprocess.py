@@ -1,15 +1,13 @@
-"""intrada_postprocess.py: golden evaluation, the fused loop against plain ways, metrics by hand, refusals."""
+"""intrada_postprocess.py: golden evaluation, the prediction against torch, metrics by hand, refusals."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -107,7 +105,7 @@ def test_the_classes_are_those_of_cityscapesscripts():
     assert list(postprocess.CLASSES) == found
 
 
-# ---------------------------------------------------------------------------------------------------- the fused loop
+# ---------------------------------------------------------------------------------------------------- the prediction
 
 
 def interpolate_plainly(logits_chw: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -141,7 +139,7 @@ RANDOM_LOGITS = st.sampled_from(
 @settings(max_examples=500, deadline=None)
 @given(logits_chw=RANDOM_LOGITS, height=st.integers(1, 40), width=st.integers(1, 40))
 @example(logits_chw=np.array([[[1, 1]] * 2, [[ABOVE_ONE, ABOVE_ONE]] * 2], np.float32), height=37, width=37)
-def test_the_fused_loop_predicts_what_full_size_logits_predict(logits_chw, height, width):
+def test_the_prediction_is_that_of_full_size_logits(logits_chw, height, width):
     prediction = postprocess.predict(logits_chw, (height, width))
     full_size = interpolate_plainly(logits_chw, height, width)
     np.testing.assert_array_equal(prediction, full_size.argmax(axis=0))
@@ -155,7 +153,7 @@ def test_the_fused_loop_predicts_what_full_size_logits_predict(logits_chw, heigh
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 5.0])
-def test_the_fused_loop_predicts_what_torch_predicts_at_full_size(noise):
+def test_the_prediction_is_torch_s_at_full_size(noise):
     rng = np.random.default_rng(7)
     coarse = torch.from_numpy(rng.normal(0, 5, (1, 19, 17, 33)).astype(np.float32))
     logits = torch.nn.functional.interpolate(coarse, (65, 129), mode="bicubic", align_corners=True)
@@ -266,24 +264,6 @@ def test_the_maps_are_the_golden_prediction_in_label_ids_and_in_cityscapes_color
     assert capsys.readouterr().out.endswith("\nmIoU = 83.87\n")
 
 
-def test_a_split_without_labels_gets_maps_of_its_images_size_and_nothing_else(quarter, capsys):
-    shutil.rmtree(quarter / "gtFine")
-    add_image(quarter, FRAME)
-    for refused in ([], ["--save_labels", quarter / "l", "--json", quarter / "m"],
-                    ["--save_colors", quarter / "l", "--expect", 25]):  # fmt: skip
-        assert "gtFine/val" in refusal(postprocess, quarter, quarter / "r", *refused)
-    assert sorted(path.name for path in quarter.iterdir()) == ["leftImg8bit", "r"]
-    assert score(quarter, "--save_labels", quarter / "l", "--save_colors", quarter / "c") == 0
-    for path, sky in ((next((quarter / "l").iterdir()), 23), (next((quarter / "c").iterdir()), 10)):
-        maps = np.asarray(Image.open(path))
-        assert maps.shape == (32, 48)
-        assert (maps[0, 0], maps[-1, -1]) == ((7, 23) if sky == 23 else (0, 10))
-    assert "IoU" not in capsys.readouterr().out
-    add_image(quarter, "ulm_000000_000001")
-    message = refusal(postprocess, quarter, quarter / "r", "--save_labels", quarter / "new")
-    assert "1 of 2" in message and message.endswith("ulm_000000_000001")
-
-
 @pytest.mark.parametrize(
     "options", [[], ["--json", "m"], ["--save_labels", "l", "--expect", 25], ["--save_labels", "l"]]
 )
@@ -299,30 +279,6 @@ def test_blank_labels_as_of_cityscapes_test_give_maps_only(tmp_path, capsys, mon
     assert not (tmp_path / "m").exists()
 
 
-def test_a_map_that_cannot_be_written_is_reported(quarter):
-    blocked = quarter / "labels" / f"{FRAME}_predicted_labelIds.png"
-    blocked.mkdir(parents=True)
-    assert str(blocked) in refusal(postprocess, quarter, quarter / "r", "--save_labels", quarter / "labels")
-
-
-def test_two_runs_cannot_write_into_one_folder_and_a_named_pipe_gets_the_json(quarter):
-    labels, pipe = quarter / "labels", quarter / "pipe"
-    os.mkfifo(pipe)
-    command = [sys.executable, ROOT / SCRIPT, quarter, quarter / "r", "--save_labels", labels, "--json", pipe]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        while not list(labels.glob("*.png")):  # then it waits for a reader of the pipe
-            assert first.poll() is None
-            time.sleep(0.01)
-        message = refusal(postprocess, quarter, quarter / "r", "--save_labels", labels)
-        assert str(labels) in message and "another run" in message
-        assert json.loads(pipe.read_text())["miou"] == 0.25
-        assert first.wait() == 0
-        assert pipe.is_fifo()
-    finally:
-        first.kill()
-
-
 # ---------------------------------------------------------------------------------------------------- the JSON file
 
 
@@ -333,24 +289,6 @@ def test_a_closed_stdout_loses_no_json(quarter):
     subprocess.run(command, stdout=writer, stderr=subprocess.DEVNULL)
     os.close(writer)
     assert json.loads((quarter / "m.json").read_text())["miou"] == 0.25
-
-
-def test_a_link_to_stdout_or_to_a_file_is_written_to_and_stays(quarter):
-    (quarter / "link").symlink_to("/proc/self/fd/1")
-    assert '"miou": 0.25' in run(SCRIPT, quarter, quarter / "r", "--json", quarter / "link").stdout
-    (quarter / "file").touch()
-    (quarter / "m.json").symlink_to("file")
-    assert metrics_of(quarter)["miou"] == 0.25
-    assert (quarter / "link").is_symlink() and (quarter / "m.json").is_symlink()
-
-
-def test_a_full_disk_leaves_no_part_of_the_json(quarter):
-    assert score(quarter) == 0  # so that the machine code is cached
-    size = 1000, 1000
-    done = run(SCRIPT, quarter, quarter / "r", "--json", quarter / "m.json", status=1,
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size))  # fmt: skip
-    assert "m.json" in done.stderr and done.stderr.count("\n") == 1
-    assert sorted(path.name for path in quarter.iterdir()) == ["gtFine", "r"]
 
 
 # ---------------------------------------------------------------------------------------------------- expectations
@@ -375,34 +313,6 @@ def test_an_expected_miou_passes_up_to_the_bounds_of_the_tolerance(quarter, caps
     assert ("README.md" in last) != passed
 
 
-def test_an_expected_miou_can_be_that_of_another_run(quarter):
-    metrics_of(quarter)
-    metrics_of(quarter, "--expect", quarter / "m.json", "--tolerance", 0)
-    add_frame(quarter, FRAME, ROAD, ROAD)
-    assert score(quarter, "--expect", quarter / "m.json") == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (["--expect=-1"], "0 to 100"),
-        (["--expect=101"], "0 to 100"),
-        (["--expect=nan"], "0 to 100"),
-        (["--expect=many"], "many"),
-        (["--expect=0.4701"], "47.01"),
-        (["--expect=none.json"], "none.json"),
-        ([f"--expect={ROOT}/tests/data/state_dict.json"], "state_dict.json"),
-        (["--json=/no/m.json"], "/no/m.json"),
-        (["--json=/tmp"], "/tmp"),
-        (["--workers=0"], "1 or more"),
-    ],
-)
-def test_a_wrong_option_is_wrong_usage(capsys, options, word):
-    with pytest.raises(SystemExit, match="2"):
-        postprocess.main(["data", "results", *options])
-    assert word in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     ("predictions", "word"),
     [
@@ -425,16 +335,14 @@ def test_results_of_a_model_that_did_not_compute_are_warned_of(tmp_path, capsys,
 # ---------------------------------------------------------------------------------------------------- finding files
 
 
-@pytest.mark.parametrize(
-    ("folder", "ending", "half"),
-    [(".", "bin", True), (".", "npy", False), ("device0", "bin", False), ("device1_1", "npy", True)],
-)
-def test_every_layout_of_ais_bench_is_read(quarter, folder, ending, half):
-    logits = np.fromfile(quarter / LOGITS, "<f4").reshape(1, 19, 65, 129).astype("<f2" if half else "<f4")
+@pytest.mark.parametrize("folder", [".", "device0", "device1_1"])
+@pytest.mark.parametrize("kind", ["<f4", "<f2"])
+def test_every_layout_of_ais_bench_is_read(quarter, folder, kind):
+    logits = np.fromfile(quarter / LOGITS, "<f4").astype(kind)
     (quarter / LOGITS).unlink()
-    path = quarter / "r" / folder / f"{FRAME}_leftImg8bit_1.{ending}"
+    path = quarter / "r" / folder / Path(LOGITS).name
     path.parent.mkdir(exist_ok=True)
-    logits.tofile(path) if ending == "bin" else np.save(path, logits)
+    logits.tofile(path)
     assert metrics_of(quarter)["miou"] == 0.25
 
 
@@ -475,16 +383,13 @@ def test_an_empty_image_folder_matches_no_label(quarter):
     assert refusal(postprocess, quarter, quarter / "r").endswith(f"only one of image and label: {FRAME}")
 
 
-def test_the_same_frame_of_two_devices_counts_once_if_equal_and_is_refused_if_not(quarter):
-    for device in ("device0_0", "device1_1"):
-        (quarter / "r" / device).mkdir()
-        shutil.copy(quarter / LOGITS, quarter / "r" / device)
-    metrics = metrics_of(quarter)
-    assert (metrics["miou"], metrics["frames"]) == (0.25, 1)
-    other = quarter / "r" / "device1_1" / Path(LOGITS).name
-    np.zeros((19, 65, 129), "<f4").tofile(other)
+@pytest.mark.parametrize("device", ["device0_0", "device1_1"])
+def test_a_frame_found_twice_is_refused_with_both_files_and_the_remedy(quarter, device):
+    other = quarter / "r" / device / Path(LOGITS).name
+    other.parent.mkdir()
+    shutil.copy(quarter / LOGITS, other)
     message = refusal(postprocess, quarter, quarter / "r")
-    assert "differ" in message and str(other) in message
+    assert str(quarter / LOGITS) in message and str(other) in message and "--divide_input 1" in message
 
 
 def test_results_of_another_split_are_warned_of(quarter, capsys):
@@ -507,25 +412,20 @@ def test_folders_without_data_are_one_line_and_status_1(quarter):
 
 
 @pytest.mark.parametrize(
-    ("ending", "content", "word"),
+    ("content", "word"),
     [
-        ("bin", b"", "0 bytes"),
-        ("bin", bytes(637260 // 3), "212420 bytes"),
-        ("bin", bytes(4 * 19 * 64 * 128), "622592 bytes"),
-        ("bin", np.full(19 * 65 * 129, np.nan, "<f4").tobytes(), "NaN or Inf"),
-        ("bin", np.full(19 * 65 * 129, np.inf, "<f2").tobytes(), "NaN or Inf"),
-        ("npy", b"\x93NUMPY", "not a complete .npy"),
-        ("npy", np.zeros((19, 65, 129)), "float64"),
-        ("npy", np.zeros((65, 129, 19), "<f4"), "(65, 129, 19)"),
+        (b"", "0 bytes"),
+        (bytes(637260 // 3), "212420 bytes"),
+        (bytes(4 * 19 * 64 * 128), "622592 bytes"),
+        (np.full(19 * 65 * 129, np.nan, "<f4").tobytes(), "NaN or Inf"),
+        (np.full(19 * 65 * 129, np.inf, "<f2").tobytes(), "NaN or Inf"),
     ],
-    ids=["empty", "cut", "no_ceil_mode", "nan", "half_inf", "cut_npy", "float64", "hwc"],
+    ids=["empty", "cut", "no_ceil_mode", "nan", "half_inf"],
 )
-def test_damaged_logits_are_reported(quarter, ending, content, word):
-    (quarter / LOGITS).unlink()
-    path = (quarter / LOGITS).with_suffix(f".{ending}")
-    np.save(path, content) if isinstance(content, np.ndarray) else path.write_bytes(content)
+def test_damaged_logits_are_reported(quarter, content, word):
+    (quarter / LOGITS).write_bytes(content)
     message = refusal(postprocess, quarter, quarter / "r")
-    assert str(path) in message and word in message
+    assert str(quarter / LOGITS) in message and word in message
 
 
 @pytest.mark.parametrize(
@@ -547,19 +447,6 @@ def test_labels_that_are_no_label_ids_are_reported(quarter, monkeypatch, image, 
     assert LABEL in message and word in message
 
 
-def test_a_flipped_bit_in_a_label_is_refused_or_changes_nothing(golden):
-    undamaged, label = metrics_of(golden), golden / GOLDEN_LABEL
-    content, rng = label.read_bytes(), np.random.default_rng(0)
-    for byte, bit in [(6627, 1), *zip(rng.integers(0, len(content), 10), rng.integers(0, 8, 10))]:
-        damaged = bytearray(content)
-        damaged[byte] ^= 1 << int(bit)
-        label.write_bytes(damaged)
-        try:
-            assert metrics_of(golden) == undamaged
-        except postprocess.InputError as error:
-            assert label.name in str(error)
-
-
 def test_all_damaged_files_are_counted_and_named(tmp_path):
     for n in range(4):
         add_frame(tmp_path, f"ulm_000000_{n:06}", ROAD, ROAD)
@@ -567,9 +454,3 @@ def test_all_damaged_files_are_counted_and_named(tmp_path):
         (tmp_path / "r" / f"ulm_000000_{n:06}_leftImg8bit_1.bin").write_bytes(b"cut")
     message = refusal(postprocess, tmp_path, tmp_path / "r")
     assert "2 of 4" in message and "ulm_000000_000001" in message and "ulm_000000_000003" in message
-
-
-def test_without_a_folder_to_cache_machine_code_it_still_starts(tmp_path):
-    script = shutil.copy(ROOT / SCRIPT, tmp_path)
-    (tmp_path / "__pycache__").write_text("a file, so that nothing can be cached here")
-    run(script, "--help", env={"PATH": os.environ["PATH"], "HOME": "/proc/none", "LOCALAPPDATA": "/proc/none"})

@@ -14,10 +14,8 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import importlib.util
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -25,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from intrada_postprocess import InputError, first_five
+from intrada_postprocess import InputError, at_least_one, first_five, run_script
 
 BATCH_SIZES = 1, 4, 8, 16, 32, 64
 # Frames/s on 310P3. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
@@ -51,6 +49,8 @@ def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[s
         start = [sys.executable, str(TOOLS / "infer.py"), "--model", args.model, "--provider", args.provider]
     else:
         start = [sys.executable, "-m", "ais_bench", "--model", model_path(args.model, batch_size)]
+        if "," in args.device and "--divide_input" in read_ais_bench_help():  # or each device would infer all frames
+            start += ["--divide_input", "1"]
     start += ["--device", args.device, "--batchsize", str(batch_size)]
     result = RESULT / f"result_bs{batch_size}"
     commands = {}
@@ -61,6 +61,11 @@ def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[s
         commands["score"] += ["--json", str(metrics_path(batch_size))]
     commands["speed"] = [*start, "--loop", str(args.loop), "--output", str(PERF), "--output_dirname", f"bs{batch_size}"]
     return commands
+
+
+def read_ais_bench_help() -> str:
+    command = [sys.executable, "-m", "ais_bench", "--help"]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode(errors="replace")
 
 
 def metrics_path(batch_size: int) -> Path:
@@ -113,9 +118,9 @@ def check_before_run(args: argparse.Namespace) -> list[str]:
     if args.data and not Path(args.data, "gtFine").is_dir():
         raise InputError(f"{args.data}: no gtFine/; --data is the Cityscapes folder")
     inputs = Path(args.input).glob("*") if args.input else []
-    stems = [path.name.split(".")[0] for path in inputs if path.suffix.lower() in (".bin", ".npy")]
+    stems = [path.name.split(".")[0] for path in inputs if path.suffix == ".bin"]
     if args.input and not stems:
-        raise InputError(f"{args.input}: no .bin or .npy; --input is what intrada_preprocess.py wrote")
+        raise InputError(f"{args.input}: no .bin; --input is what intrada_preprocess.py wrote")
     return sorted(stems)
 
 
@@ -137,7 +142,7 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
             seconds = run_command(commands["infer"])
             check_results(result, stems)
             row["frames"] = len(stems)
-            row["end to end"] = read_end_to_end(result, len(stems)) if is_onnx(args) else len(stems) / seconds
+            row["end to end"] = len(stems) / seconds
         if "score" in commands:
             run_command(commands["score"])
             row["mIoU %"] = 100 * json.loads(metrics_path(batch_size).read_text(encoding="utf-8"))["miou"]
@@ -152,7 +157,7 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
 def find_results(folder: Path, stems: list[str]) -> list[Path]:
     """List the files of both outputs of the frames, those in ais_bench's device folders too."""
     expected = {f"{stem}_{output}" for stem in stems for output in (0, 1)}
-    return [path for path in [*folder.glob("*.*"), *folder.glob("device*/*.*")] if path.stem in expected]
+    return [path for path in [*folder.glob("*.bin"), *folder.glob("device*/*.bin")] if path.stem in expected]
 
 
 def remove_results(folder: Path, stems: list[str]) -> None:
@@ -183,8 +188,8 @@ def json_path(folder: Path, what: str) -> Path:
 
 
 def find_summaries(folder: Path) -> list[Path]:
-    """List a run's summaries: beside its folder, for several devices inside it; the first builds misspelt the name."""
-    paths = [json_path(folder, "summary"), folder / "sumary.json", *sorted(folder.glob("*_summary.json"))]
+    """List a run's summaries: beside its folder, for several devices inside it."""
+    paths = [json_path(folder, "summary"), *sorted(folder.glob("*_summary.json"))]
     return [path for path in paths if path.is_file()]
 
 
@@ -214,14 +219,6 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
         raise StepError(f"{first_five(list(map(str, paths)))}: not a complete summary: {error!r}") from None
 
 
-def read_end_to_end(result: Path, frames: int) -> float | None:
-    """Read tools/infer.py's own figure; None if its last run did not infer all frames, as after a restart."""
-    path = json_path(result, "summary")
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    inferred = sum(len(group["infiles"]) for group in summary["filesinfo"].values())
-    return summary["end_to_end_throughput"] if inferred == frames else None
-
-
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
@@ -244,41 +241,6 @@ def format_cell(value: object) -> str:
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def report(rows: list[dict], markdown: Path | None) -> None:
-    """Print the table, and write it to a file if there is one."""
-    table = format_table(rows)
-    try:
-        if markdown:
-            write_text(markdown, table + "\n")
-    finally:  # a full disk loses no figures
-        print(table)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete whenever it has its name; a link, device or pipe is written to in place.
-
-    Raises:
-        InputError: it cannot be written, as on a full disk.
-    """
-    in_place = path.exists() and (path.is_symlink() or not path.is_file())
-    part = path if in_place else path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        if not in_place:
-            os.replace(str(part), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if not in_place and part.exists():
-            part.unlink()
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be an integer, 1 or more")
-    return int(text)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Measure speed and mIoU at several batch sizes, by ais_bench (.om) or tools/infer.py (.onnx)."
@@ -297,8 +259,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data and not args.input:
         parser.error("--data needs --input")
-    if args.markdown and (args.markdown.is_dir() or not args.markdown.parent.is_dir()):
-        parser.error(f"--markdown {args.markdown}: must be a file in an existing folder")
     return args
 
 
@@ -310,25 +270,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     stems = check_before_run(args)
     for folder in (PERF, RESULT):
-        folder.mkdir(mode=0o750, exist_ok=True)  # the newest ais_bench rejects a more open one
-        try:
-            fcntl.flock(os.open(str(folder), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another benchmark is running here; start this one in another folder") from None
+        folder.mkdir(exist_ok=True)
     rows = []
-    try:
-        for batch_size, commands in plans.items():
-            rows.append(measure(batch_size, commands, stems, args))
-    finally:  # stopped early, what was measured counts
-        if rows:
-            report(rows, args.markdown)
+    for batch_size, commands in plans.items():
+        rows.append(measure(batch_size, commands, stems, args))
+        if args.markdown:  # after every batch size, so that an interruption loses nothing
+            args.markdown.write_text(format_table(rows) + "\n", encoding="utf-8")
+    print(format_table(rows))
     return int(any("failure" in row for row in rows))
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except (InputError, OSError) as error:
-        raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_script(main, umask=0o027)  # the newest ais_bench rejects an output folder more open than 0750

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare two folders of logits of the same frames, e.g. an .om's with ONNX Runtime's: how much did a conversion lose?
 
-    RESULT_DIR/<frame>_<i>.bin (or .npy)     output i, float32 or float16, (19, 65, 129)
-    BASELINE_DIR/<frame>_<i>.bin (or .npy)   the same outputs of the same frames
+    RESULT_DIR/<frame>_<i>.bin     output i, float32 or float16, (19, 65, 129)
+    BASELINE_DIR/<frame>_<i>.bin   the same outputs of the same frames
  -> a table on stdout, PASS or FAIL in the last line and in the exit status, and with --json all of it
 
 The verdict is Huawei's: every frame and output has a cosine similarity of at least 0.99 and a relative Euclidean
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import sys
 from pathlib import Path
 
@@ -25,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from intrada_postprocess import InputError, first_five, read_logits
+from intrada_postprocess import InputError, find_logits, first_five, read_logits, run_script
 
 # Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer, Computation Accuracy Evaluation Indicators.
 MIN_COSINE, MAX_DISTANCE = 0.99, 0.05
@@ -45,6 +43,9 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Pa
             output in both.
     """
     results, baselines = find_logits(result_dir), find_logits(baseline_dir)
+    for folder, found in ((result_dir, results), (baseline_dir, baselines)):
+        if not found:
+            raise InputError(f"{folder}: no <frame>_<output>.bin; expected what ais_bench or tools/infer.py wrote")
     if result_dir.samefile(baseline_dir):
         raise InputError(f"{result_dir} and {baseline_dir} are the same folder")
     for folder, extra in ((result_dir, results.keys() - baselines), (baseline_dir, baselines.keys() - results)):
@@ -57,29 +58,11 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Pa
     return {name: (results[name], baselines[name]) for name in sorted(results)}
 
 
-def find_logits(folder: Path) -> dict[str, Path]:
-    """Find `<frame>_<output>.bin` or `.npy` in a folder or in ais_bench's device folders below it.
-
-    Raises:
-        InputError: there are none, or one occurs twice with different content.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*.*"), *folder.glob("device*/*.*")]):
-        if path.suffix not in (".bin", ".npy") or not re.search(r"_\d+$", path.stem):
-            continue
-        other = found.setdefault(path.stem, path)
-        if other != path and not np.array_equal(read_logits(other), read_logits(path)):
-            raise InputError(f"{other} and {path} differ: results of two runs; empty the folder and infer again")
-    if not found:
-        raise InputError(f"{folder}: no <frame>_<output>.bin or .npy; expected what ais_bench or tools/infer.py wrote")
-    return found
-
-
 def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """Compare two outputs of a frame.
 
     `cosine` is the cosine similarity; `relative_distance` the Euclidean distance by the baseline's norm;
-    `largest_difference` the largest absolute difference; `agreement` the share of the grid points at which the same
+    `largest_difference` the largest absolute difference; `agreement` the fraction of the grid points at which the same
     class has the largest logit. Where an output is all zeros, and so has no direction, equal ones have cosine 1 and
     distance 0, others 0 and 1.
 
@@ -136,34 +119,12 @@ def format_report(frames: int, outputs: dict[str, dict], failures: list[str]) ->
     return "\n".join([*lines, f"\nframes: {frames}", f"\n{verdict}"])
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a file that is complete whenever it has its name; a link, device or pipe is written to in place.
-
-    Raises:
-        InputError: it cannot be written, as on a full disk.
-    """
-    in_place = path.exists() and (path.is_symlink() or not path.is_file())
-    part = path if in_place else path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        if not in_place:
-            os.replace(str(part), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if not in_place and part.exists():
-            part.unlink()
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare two folders of logits of the same frames.")
     parser.add_argument("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, e.g. result/result_bs1")
     parser.add_argument("baseline_dir", metavar="BASELINE_DIR", type=Path, help="folder of logits to compare with")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the comparison here too")
-    args = parser.parse_args(argv)
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json}: must be a file in an existing folder")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,15 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     frames = len({name.rpartition("_")[0] for name in pairs})
     if args.json:  # before printing, which a closed pipe ends
         folders = {"result_dir": str(args.result_dir), "baseline_dir": str(args.baseline_dir)}
-        write_json(args.json, {**folders, "frames": frames, "outputs": outputs, "passed": not failures})
+        comparison = {**folders, "frames": frames, "outputs": outputs, "passed": not failures}
+        args.json.write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(format_report(frames, outputs, failures))
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except (InputError, OSError) as error:
-        raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_script(main)

@@ -27,7 +27,7 @@ from statistics import median
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = "numpy", "pillow", "numba", "onnxruntime", "onnx", "torch"
+PACKAGES = "numpy", "pillow", "onnxruntime", "onnx", "torch"
 TINY_FRAMES = 3  # made by tests/tiny_cityscapes.py; all other frames are links to them
 HEADER = """\
 | stage | way | frames | seconds | frames/s | speed / plain | speed / lower bound | peak MB |
@@ -76,7 +76,7 @@ def run(command: list[str]) -> Run:
 def run_alternating(ways: dict[str, list[str]], out: Path, rounds: int) -> dict[str, list[Run]]:
     """Run the ways of a stage one after the other, round after round.
 
-    The first way runs once more before, uncounted: numba compiles, and the disk cache fills.
+    The first way runs once more before, uncounted, to fill the disk cache.
 
     Args:
         out: OUT/<way> is removed before each run, so that every run writes to a new folder.
@@ -193,7 +193,6 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for the processes started here
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        os.environ["NUMBA_CACHE_DIR"] = str(work / "numba")  # compiled by this run, not by another environment
         run(script("tests/tiny_cityscapes.py", work / "cityscapes"))
         rows = bench_preprocess(work, args.frames_preprocess, args.rounds)
         rows += bench_export(work, args.rounds)

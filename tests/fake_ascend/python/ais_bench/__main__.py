@@ -2,15 +2,14 @@
 
 FAKE_AIS_BENCH names the builds to follow:
 
-    earliest   drop an incomplete last group, write the summary to sumary.json inside the folder
-    old        until 2023-08
-    new        2023-09 to 2024: reject links and files of others or writable by others, chmod --output to 750
-    newest     (default) also reject an --output more open than 0750
+    old      until 2023-08
+    new      2023-09 to 2024: reject links and files of others or writable by others, chmod --output to 750
+    newest   (default) also reject an --output more open than 0750
 
 FAKE_AIS_BENCH_KNOWN is a folder of logits that ONNX Runtime has computed from the same frames, to save computing them
 again; they are rounded to FP16. Zeros are never computed. Every run is reported as one second, so that nobody takes the
 figures for an NPU's. FAKE_AIS_BENCH_DEAD names a device that fails without a message, FAKE_AIS_BENCH_HALF a batch size
-whose summary is truncated, FAKE_AIS_BENCH_STOP one at which the user presses Ctrl-C.
+whose summary is truncated, FAKE_AIS_BENCH_STOP one at which the user presses Ctrl-C, in a session of the test's own.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-FORM = ["earliest", "old", "new", "newest"].index(os.environ.get("FAKE_AIS_BENCH", "newest"))
-OLD, NEW, NEWEST = 1, 2, 3
+NEW, NEWEST = 1, 2
+FORM = ["old", "new", "newest"].index(os.environ.get("FAKE_AIS_BENCH", "newest"))
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batchsize", type=int, default=1)
     parser.add_argument("--loop", type=int, default=1)
     parser.add_argument("--device", default="0")
+    if FORM >= NEW:
+        parser.add_argument("--divide_input", type=int, default=0)
     return parser.parse_args()
 
 
@@ -73,11 +74,10 @@ def group_inputs(paths: list[Path], model_bytes: int) -> list[list[Path]]:
     if model_bytes % size:
         raise RuntimeError(f"tensorsize:{model_bytes} filesize:{size} not match")
     count = model_bytes // size
-    groups = [paths[n : n + count] for n in range(0, len(paths), count)]
-    return groups if FORM >= OLD else [group for group in groups if len(group) == count]
+    return [paths[n : n + count] for n in range(0, len(paths), count)]
 
 
-@functools.lru_cache
+@functools.lru_cache()  # Python 3.7 needs the parentheses
 def load_model(path: str) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime  # only where something is computed
@@ -114,8 +114,7 @@ def infer(about: dict, groups: list[list[Path]], folder: Path | None, args: argp
         summary = {"filesinfo": filesinfo, "args": sys.argv, "throughput": throughput, "pid": os.getpid()}
         summary.update(dict.fromkeys(("NPU_compute_time", "H2D_latency", "D2H_latency"), times))
         half = os.environ.get("FAKE_AIS_BENCH_HALF") == str(args.batchsize)
-        path = folder.with_name(f"{folder.name}_summary.json") if FORM >= OLD else folder / "sumary.json"
-        path.write_text(json.dumps(summary)[: 99 if half else None])
+        folder.with_name(f"{folder.name}_summary.json").write_text(json.dumps(summary)[: 99 if half else None])
 
 
 def make_folder(output: Path, name: str | None) -> Path:
@@ -139,15 +138,14 @@ def main() -> None:
     inputs = find_inputs(Path(args.input)) if args.input else []
     folder = make_folder(Path(args.output), args.output_dirname) if args.output else None
     if os.environ.get("FAKE_AIS_BENCH_STOP") == str(args.batchsize):
-        os.kill(os.getppid(), signal.SIGINT)
-        time.sleep(60)
+        os.kill(0, signal.SIGINT)  # the whole process group
     devices = args.device.split(",")
     for n, device in enumerate(devices):
         if device == os.environ.get("FAKE_AIS_BENCH_DEAD"):
             continue
-        # several devices share the frames, in newer builds each has all of them
+        # several devices share the frames, in newer builds only if they are told to
         share = inputs[n * len(inputs) // len(devices) : (n + 1) * len(inputs) // len(devices)]
-        share = inputs if FORM >= NEW else share
+        share = inputs if FORM >= NEW and not args.divide_input else share
         groups = group_inputs(share, model_bytes) if share else [[]]
         place = folder
         if folder and len(devices) > 1:
