@@ -7,6 +7,7 @@
 #   --output_dir DIR    folder for the .om files (default: the current one)
 #   --dry_run           print the commands and run none
 #   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode_v2=mixed_float16
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # started as `sh atc_convert.sh`
 set -Eeuo pipefail
 umask 022 # newer ais_bench rejects group-writable models
 
@@ -18,18 +19,27 @@ parse_args() {
   onnx='' output_dir=. soc_version='' dry_run='' batch_sizes=() atc_options=()
   while (($#)); do
     case $1 in
-      -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}" && exit ;;
+      -h | --help) sed -n '2,/^\[/{/^\[/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}" && exit ;;
       --soc_version | --output_dir) (($# > 1)) || usage "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift ;;
       --soc_version=?* | --output_dir=?*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
       --dry_run) dry_run=yes ;;
       --) shift; atc_options=("$@"); break ;;
       *.onnx) [[ ! $onnx ]] || usage "two models, $onnx and $1"; onnx=$1 ;;
+      --*=*) usage "not an option of this script: $1; what is meant for atc follows --: -- $1" ;;
       *) [[ $1 =~ ^[1-9][0-9]*$ ]] || usage "not an option, a batch size or an .onnx: $1"; batch_sizes+=("$1") ;;
     esac
     shift
   done
   onnx=${onnx:-intraDA_deeplabv2.onnx}
   ((${#batch_sizes[@]})) || batch_sizes=(1 4 8 16 32 64)
+}
+
+name_chip() { # Ascend310P3 from 310P3, ascend310p3 and the like
+  if [[ ${1,,} =~ ^(ascend)?([0-9]+[a-z]?[0-9]*)$ ]]; then
+    echo "Ascend${BASH_REMATCH[2]^^}"
+  else
+    echo "Ascend${1#Ascend}"
+  fi
 }
 
 find_chip() { # in npu-smi's table, the row with a number and the name in the first cell and the health in the second
@@ -39,6 +49,7 @@ find_chip() { # in npu-smi's table, the row with a number and the name in the fi
 
 interrupted() { # leave no .om that is not complete, and end by the signal
   rm -f "$om"
+  printf '%s\n' ${summary[@]+"${summary[@]}"} "bs $bs: interrupted, no .om"
   trap - "$1"
   kill -s "$1" $$
 }
@@ -46,10 +57,10 @@ interrupted() { # leave no .om that is not complete, and end by the signal
 main() {
   parse_args "$@"
   local bs om='' command failed=0 summary=()
+  [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
   soc_version=${soc_version:-$(find_chip || true)}
   [[ $soc_version ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
-  [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ $dry_run ]] || mkdir -p "$output_dir"
   trap 'interrupted INT' INT
   trap 'interrupted TERM' TERM
@@ -57,7 +68,7 @@ main() {
     om=$output_dir/$(basename "$onnx" .onnx)_bs$bs.om
     om=${om#./}
     command=(atc "--model=$onnx" --framework=5 "--output=${om%.om}" --input_format=NCHW
-      "--input_shape=image:$bs,3,512,1024" --log=error "--soc_version=Ascend${soc_version#Ascend}"
+      "--input_shape=image:$bs,3,512,1024" --log=error "--soc_version=$(name_chip "$soc_version")"
       ${atc_options[@]+"${atc_options[@]}"})
     show "${command[@]}"
     [[ ! $dry_run ]] || continue

@@ -92,8 +92,9 @@ def find_frames(data_dir: Path, split: str, result_dir: Path) -> list[Frame]:
         raise InputError(
             f"{data_dir}/gtFine/{split}: no <city>/<frame>{LABEL_ENDING}; DATA_DIR is the folder above gtFine"
         )
-    images = find_by_frame(data_dir / "leftImg8bit" / split, IMAGE_ENDING)
-    if (data_dir / "leftImg8bit" / split).is_dir() and labels.keys() != images.keys():
+    image_dir = data_dir / "leftImg8bit" / split
+    images = find_by_frame(image_dir, IMAGE_ENDING) if is_there(image_dir) else labels
+    if labels.keys() != images.keys():
         unmatched = sorted(labels.keys() ^ images.keys())
         raise InputError(f"{data_dir}: frames of {split} with only one of image and label: {first_five(unmatched)}")
     stem_of = {frame: f"{frame}_leftImg8bit_1" for frame in labels}
@@ -120,7 +121,7 @@ def find_by_frame(folder: Path, ending: str) -> dict[str, Path]:
     Raises:
         InputError: two cities have a frame of the same name.
     """
-    paths = sorted(folder.glob(f"*/*{ending}"))
+    paths = [path for city in list_folder(folder) for path in list_folder(city) if path.name.endswith(ending)]
     frames = {path.name[: -len(ending)]: path for path in paths}
     if len(frames) < len(paths):
         duplicates = [path.name for path in paths if frames[path.name[: -len(ending)]] != path]
@@ -135,18 +136,36 @@ def find_logits(result_dir: Path) -> dict[str, Path]:
         The paths by stem.
 
     Raises:
-        InputError: there is no such folder, or a stem occurs twice.
+        InputError: a stem occurs twice.
     """
-    if not result_dir.is_dir():
-        raise InputError(f"{result_dir}: no such folder; expected what ais_bench filled, e.g. result/result_bs1")
     logits: dict[str, Path] = {}
-    for path in sorted([*result_dir.glob("*.bin"), *result_dir.glob("device*/*.bin")]):
-        if re.search(r"_\d+$", path.stem) and logits.setdefault(path.stem, path) != path:
+    entries = list_folder(result_dir)
+    for device in [path for path in entries if path.name.startswith("device")]:
+        entries += list_folder(device)
+    for path in [path for path in entries if re.search(r"_\d+\.bin$", path.name)]:
+        if logits.setdefault(path.stem, path) != path:
             raise InputError(
                 f"{logits[path.stem]} and {path} are results of the same frame; pass one of the folders, or infer into "
                 "a new one, on several devices with ais_bench's --divide_input 1"
             )
     return logits
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """List what is in a folder, sorted, without hidden files; empty for a file. glob would hide what cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except NotADirectoryError:
+        return []
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a path exists, be it a broken link; one that cannot be looked up is an OSError."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def first_five(names: list[str], separator: str = ", ") -> str:
@@ -179,6 +198,28 @@ def read_logits(path: Path) -> np.ndarray:
     return logits.astype(np.float32, copy=False)
 
 
+def find_model(result_dir: Path) -> str | None:
+    """Read which model the results are of, as its SHA-256, from the summaries of tools/infer.py; None without any.
+
+    Raises:
+        InputError: those of several devices name different models.
+    """
+    paths = [path for path in list_folder(result_dir) if path.name.endswith("_summary.json")]
+    paths.append(result_dir.with_name(f"{result_dir.resolve().name}_summary.json"))
+    models = {read_json(path).get("model_sha256") for path in paths} - {None}
+    if len(models) > 1:
+        raise InputError(f"{result_dir}: results of several models: {first_five(sorted(models))}")
+    return models.pop() if models else None
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file; empty if there is none, or if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def read_png(path: Path, mode: str) -> Image.Image:
     """Decode a PNG after checking its checksums, which decoding alone does not.
 
@@ -187,11 +228,18 @@ def read_png(path: Path, mode: str) -> Image.Image:
     """
     try:
         with path.open("rb") as file:
-            Image.open(file, formats=["PNG"]).verify()
-            image = Image.open(file, formats=["PNG"])
+            Image.open(file).verify()
+            image = Image.open(file)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
+            file.seek(24)
+            bits = file.read(1)[0]  # of the header, where every PNG has them
+    except Exception as error:  # Pillow raises nearly everything
+        reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
+        raise InputError(f"{path}: {reason}") from None
+    if image.format != "PNG":
+        raise InputError(f"{path}: found {image.format}, expected PNG")
+    if bits != 8:
+        raise InputError(f"{path}: found {bits} bits per sample, expected 8")
     if image.mode != mode:
         raise InputError(f"{path}: found mode {image.mode}, expected {mode}")
     return image
@@ -238,7 +286,7 @@ def predict(logits_chw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     strongest = corners.min(axis=0).argmax(axis=0)
     # Rounding can erase a smaller lead than this, so a class that trails by less is still evaluated.
-    slack = np.float32(np.abs(logits_chw).max() * 2.0**-20)
+    slack = np.float32(np.abs(logits_chw).max() * 2.0**-20) + np.finfo(np.float32).tiny
     can_win = (corners >= np.take_along_axis(corners, strongest[None, None], axis=1) - slack).any(axis=0)
     prediction = strongest.astype(np.uint8).repeat(widths, axis=1).repeat(heights, axis=0)
 
@@ -402,9 +450,12 @@ def compare_with_expected(miou: float, percent: float, tolerance: float) -> dict
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
-def warn_if_one_class(metrics: dict) -> None:
-    """Warn if every pixel is predicted as the same class: the model or its input is broken."""
-    predicted = np.flatnonzero(np.any(metrics["confusion_matrix"], axis=0))
+def warn_if_suspicious(metrics: dict) -> None:
+    """Warn of what a working model does not predict, and of what real labels do not hold."""
+    confusion = np.array(metrics["confusion_matrix"])
+    if not confusion[LABEL_IDS.searchsorted(20) :].any():
+        warn("no label id above 19 in the whole split: are these labelTrainIds? Expected *_gtFine_labelIds.png")
+    predicted = np.flatnonzero(confusion.any(axis=0))
     if len(predicted) == 1:
         warn(f"every pixel is predicted as {NAMES[predicted[0]]}: the model, its weights or its input are wrong")
 
@@ -472,12 +523,13 @@ def main(argv: list[str] | None = None) -> int:
         if (args.save_labels or args.save_colors) and not args.json and args.expect is None:
             return 0
         raise InputError(f"{args.data_dir}/gtFine/{args.split}: no pixel of any label has a class")
-    metrics = {"split": args.split, "result_dir": str(args.result_dir), **summarise(frames, confusions)}
+    metrics = {"split": args.split, "result_dir": str(args.result_dir.resolve())}
+    metrics.update(model_sha256=find_model(args.result_dir), **summarise(frames, confusions))
     if args.expect is not None:
         metrics["expected"] = compare_with_expected(metrics["miou"], args.expect, args.tolerance)
     if args.json:  # before printing, which a closed pipe ends
         args.json.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    warn_if_one_class(metrics)
+    warn_if_suspicious(metrics)
     print(format_table(metrics))
     return int("expected" in metrics and not metrics["expected"]["passed"])
 
@@ -487,10 +539,13 @@ def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
     os.umask(os.umask(0) | umask)  # ais_bench rejects files and folders that others may write
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
-    except (InputError, OSError) as error:
+    except InputError as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error.filename or 'output'}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

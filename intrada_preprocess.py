@@ -43,7 +43,8 @@ def find_images(data_dir: Path, split: str) -> list[Path]:
         InputError: there are none, or their names would clash or be truncated in the flat SAVE_DIR.
     """
     folder = data_dir / "leftImg8bit" / split
-    images = sorted(folder.glob("*/*_leftImg8bit.png"))
+    images = [path for city in list_folder(folder) for path in list_folder(city)]
+    images = [path for path in images if path.name.endswith("_leftImg8bit.png")]
     if not images:
         raise InputError(f"{folder}: no <city>/<frame>_leftImg8bit.png; DATA_DIR is the folder that holds leftImg8bit")
     by_name = {path.name: path for path in images}
@@ -54,6 +55,14 @@ def find_images(data_dir: Path, split: str) -> list[Path]:
     if dotted:
         raise InputError(f"{folder}: frame names contain a dot; ais_bench truncates there: {first_five(dotted)}")
     return images
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """List what is in a folder, sorted, without hidden files; empty for a file. glob would hide what cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except NotADirectoryError:
+        return []
 
 
 def first_five(names: list[str], separator: str = ", ") -> str:
@@ -69,11 +78,18 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with path.open("rb") as file:
-            Image.open(file, formats=["PNG"]).verify()
-            image = Image.open(file, formats=["PNG"])
+            Image.open(file).verify()
+            image = Image.open(file)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them from Pillow
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'damaged, too large, or not a PNG'}") from None
+            file.seek(24)
+            bits = file.read(1)[0]  # of the header, where every PNG has them
+    except Exception as error:  # Pillow raises nearly everything
+        reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
+        raise InputError(f"{path}: {reason}") from None
+    if image.format != "PNG":
+        raise InputError(f"{path}: found {image.format}, expected PNG")
+    if bits != 8:
+        raise InputError(f"{path}: found {bits} bits per sample, expected 8")
     if image.mode != "RGB":
         raise InputError(f"{path}: found mode {image.mode}, expected RGB; convert it first")
     return image
@@ -173,7 +189,10 @@ if __name__ == "__main__":
     os.umask(os.umask(0) | 0o022)  # ais_bench rejects files and folders that others may write
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
-    except (InputError, OSError) as error:
+    except InputError as error:
         raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"{Path(__file__).name}: error: {error.filename or 'output'}: {error.strerror}") from None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import zipfile
@@ -122,32 +123,77 @@ def make_stage(in_channels: int, width: int, blocks: int, stride: int, dilation:
 
 
 def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
-    """Read a checkpoint: torch's zip or its old pickle format, bare or under `state_dict`, with or without `module.`.
+    """Read a checkpoint: torch's zip or its old pickle format, bare or in a dict, with or without `module.`.
 
     Raises:
         InputError: the file is damaged, or holds anything but a state dict of tensors, which could run code.
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (1, 13):  # it knows no weights_only
         raise InputError(f"torch {torch.__version__} is too old; expected 1.13.1 or later")
+    state_dict = find_state_dict(load_checkpoint(weights))
+    if not state_dict:
+        raise InputError(f"{weights}: expected a state dict of tensors, bare or as the one dict of tensors in a dict")
+    plain = {key: value for key, value in state_dict.items() if is_plain(value)}
+    if len(plain) < len(state_dict):
+        raise InputError(
+            f"{weights}: sparse, quantized, nested or empty tensors: {first_five(sorted(state_dict.keys() - plain))}"
+        )
+    renamed = {key[len("module.") :] if key.startswith("module.") else key: value for key, value in plain.items()}
+    if len(renamed) < len(plain):
+        both = [key for key in renamed if key in plain and f"module.{key}" in plain]
+        raise InputError(f"{weights}: keys both with and without `module.`: {first_five(both)}")
+    return renamed
+
+
+def load_checkpoint(weights: Path) -> object:
+    """Load a checkpoint's plain values after checking its checksums.
+
+    Raises:
+        InputError: it is damaged, or holds other objects.
+    """
+    with weights.open("rb") as file:
+        start = file.read(4)
+    is_zip = zipfile.is_zipfile(weights)
+    if start == b"PK\x03\x04" and not is_zip:
+        raise InputError(f"{weights}: truncated; copy or download it again")
     try:
-        damaged = find_damage(weights) if zipfile.is_zipfile(weights) else None
+        damaged = find_damage(weights) if is_zip else None
         checkpoint = None if damaged else torch.load(weights, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # torch's readers raise nearly everything; their messages advise to load without weights_only
+    except Exception as error:  # torch raises nearly everything, and advises to load without weights_only
+        other = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        if other:
+            raise InputError(
+                f"{weights}: holds {other[1]} beside the tensors, which is not loaded, since it could run code; where "
+                'the file is trusted: torch.save(torch.load(X, weights_only=False)["state_dict"], Y)'
+            ) from None
         raise InputError(
             f"{weights}: not a checkpoint that torch can read: perhaps a web page saved in its place, or an incomplete "
-            "download; only plain tensors are loaded, since anything else could run code"
+            "download"
         ) from None
     if damaged:
         raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
-    if isinstance(checkpoint, dict):
-        checkpoint = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(key, str) and torch.is_tensor(value) for key, value in checkpoint.items()
-    ):
-        raise InputError(f"{weights}: expected a state dict of tensors, bare or under `state_dict`")
-    return {key[len("module.") :] if key.startswith("module.") else key: value for key, value in checkpoint.items()}
+    return checkpoint
+
+
+def find_state_dict(checkpoint: object) -> dict[str, torch.Tensor] | None:
+    """Find the dict of tensors: the checkpoint, its `state_dict`, or the only one that it holds."""
+    if is_state_dict(checkpoint):
+        return checkpoint
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    found = {key: part for key, part in parts.items() if is_state_dict(part)}
+    return found.get("state_dict") or (next(iter(found.values())) if len(found) == 1 else None)
+
+
+def is_state_dict(value: object) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(key, str) and torch.is_tensor(tensor) for key, tensor in value.items())
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is dense, with its values in memory."""
+    dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+    return dense and tensor.device.type == "cpu"
 
 
 def find_damage(weights: Path) -> str | None:
@@ -173,7 +219,7 @@ def load_network(weights: Path) -> DeepLabV2:
         "missing": expected.keys() - found,
         "unexpected": found.keys() - expected,
         "of another shape": {key for key in expected.keys() & found if expected[key].shape != found[key].shape},
-        "not finite": {
+        "not finite floats": {
             key for key, value in found.items() if not (value.is_floating_point() and value.float().isfinite().all())
         },
     }
@@ -335,7 +381,10 @@ if __name__ == "__main__":
     os.umask(os.umask(0) | 0o022)  # no group or other write
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
-    except (InputError, OSError) as error:
+    except InputError as error:
         raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"{Path(__file__).name}: error: {error.filename or 'output'}: {error.strerror}") from None

@@ -53,6 +53,8 @@ def refusal(module: ModuleType, *args: object) -> str:
     except module.InputError as error:
         assert "\n" not in str(error)
         return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     raise AssertionError(f"{module.__name__} refuses nothing")
 
 

@@ -102,7 +102,7 @@ def test_an_interrupted_conversion_leaves_no_om_and_ends_a_loop_around_it(folder
     os.killpg(process.pid, signal_number)
     stdout, _ = process.communicate(timeout=30)
     assert process.returncode == -signal_number  # by which a shell ends its loop too
-    assert stdout.decode().splitlines() == [command_for(4)]
+    assert stdout.decode().splitlines() == [command_for(4), "bs 4: interrupted, no .om"]
     assert contents(folder) == {}
 
 
@@ -117,6 +117,36 @@ def test_another_model_and_folder_whatever_the_umask(folder):
 @pytest.mark.parametrize("option", [["--soc_version", "310B4"], ["--soc_version=Ascend310B4"]])
 def test_the_chip_is_prefixed_once(folder, option):
     assert convert(folder, 1, "--dry_run", *option).stdout == command_for(1, "Ascend310B4") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "soc_version"),
+    [("ascend310p3", "Ascend310P3"), ("310p3", "Ascend310P3"), ("Ascend910ProA", "Ascend910ProA")],
+)
+def test_a_chip_means_the_same_in_either_case(folder, name, soc_version):
+    assert convert(folder, 1, "--dry_run", "--soc_version", name).stdout == command_for(1, soc_version) + "\n"
+
+
+def test_sh_starts_bash(folder):
+    command = ["sh", SCRIPT, "1", "--dry_run"]
+    done = subprocess.run(command, cwd=folder, env=ascend_environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, command_for(1) + "\n", "")
+
+
+def test_an_option_that_atc_rejects_leaves_no_om_and_says_so(folder):
+    done = convert(folder, 1, "--", "--no_such=1", status=1)
+    assert done.stdout.splitlines()[-1].startswith("bs 1: FAILED")
+    assert contents(folder) == {}
+
+
+def test_atc_s_options_without_the_dashes_before_them_are_wrong_usage(folder):
+    assert "-- --precision_mode_v2=fp16" in convert(folder, "--precision_mode_v2=fp16", status=2).stderr
+
+
+def test_what_is_missing_is_named_in_the_order_atc_model_chip(folder):
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    assert "no atc" in convert(folder, "none.onnx", status=1, FAKE_CHIPS="", PATH=path).stderr
+    assert "none.onnx: no such file" in convert(folder, "none.onnx", status=1, FAKE_CHIPS="").stderr
 
 
 @pytest.mark.parametrize(

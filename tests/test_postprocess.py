@@ -132,6 +132,7 @@ RANDOM_LOGITS = st.sampled_from(
         st.sampled_from([-1.0, 0.0, 1.0]),  # ties
         st.sampled_from([1.0, ABOVE_ONE]),  # leads that rounding can erase
         st.floats(-(2.0**100), 2.0**100, width=32),
+        st.sampled_from([float(np.float32(n * 2.0**-149)) for n in range(-9, 10)]),  # denormal
     ]
 ).flatmap(lambda values: hnp.arrays(np.float32, st.tuples(*[st.integers(1, 5)] * 3), elements=values))
 
@@ -149,7 +150,7 @@ def test_the_prediction_is_that_of_full_size_logits(logits_chw, height, width):
         torch.from_numpy(logits_chw)[None], (height, width), mode="bilinear", align_corners=True
     )[0].numpy()
     predicted = np.take_along_axis(by_torch, prediction[None].astype(int), axis=0)[0]
-    assert (by_torch.max(axis=0) - predicted <= 1e-6 * np.abs(logits_chw).max()).all()
+    assert (by_torch.max(axis=0) - predicted <= 1e-6 * np.abs(logits_chw).max() + np.finfo(np.float32).tiny).all()
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 5.0])
@@ -316,8 +317,8 @@ def test_an_expected_miou_passes_up_to_the_bounds_of_the_tolerance(quarter, caps
 @pytest.mark.parametrize(
     ("predictions", "word"),
     [
-        ([None, None], "road"),  # constant logits, in which ties go to the first class
-        ([np.full((65, 129), 3)] * 2, "wall"),
+        ([None, None], "road:"),  # constant logits, in which ties go to the first class
+        ([np.full((65, 129), 3)] * 2, "wall:"),
         ([np.full((65, 129), 3), np.full((65, 129), 4)], None),
         ([np.full((65, 129), 3), HALF_ROAD], None),
     ],
@@ -328,8 +329,8 @@ def test_results_of_a_model_that_did_not_compute_are_warned_of(tmp_path, capsys,
         if prediction is None:
             np.full((19, 65, 129), 7, "<f4").tofile(tmp_path / "r" / f"ulm_000000_{n:06}_leftImg8bit_1.bin")
     assert score(tmp_path) == 0
-    stderr = capsys.readouterr().err
-    assert word in stderr and stderr.startswith("warning: ") if word else stderr == ""
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "every pixel" in line]
+    assert word in warnings[0] and warnings[0].startswith("warning: ") if word else warnings == []
 
 
 # ---------------------------------------------------------------------------------------------------- finding files
@@ -404,8 +405,8 @@ def test_a_name_in_two_cities_is_refused(quarter):
 
 
 def test_folders_without_data_are_one_line_and_status_1(quarter):
-    assert error_of(SCRIPT, quarter / "none", quarter / "r").startswith(f"{quarter}/none/gtFine/val: no ")
-    assert refusal(postprocess, quarter, quarter / "none").startswith(f"{quarter}/none: no such folder")
+    assert error_of(SCRIPT, quarter / "none", quarter / "r") == f"{quarter}/none/gtFine/val: No such file or directory"
+    assert refusal(postprocess, quarter, quarter / "none") == f"{quarter}/none: No such file or directory"
 
 
 # ---------------------------------------------------------------------------------------------------- damaged files

@@ -63,7 +63,7 @@ def test_unexpected_files_are_reported(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("frames", "words"),
     [
-        ([], "leftImg8bit/val: no "),
+        ([], "leftImg8bit/val: No such file"),
         ([("ulm_0", "bonn"), ("ulm_0", "ulm")], "two cities: ulm_0_leftImg8bit.png"),
         ([("ulm_0.5", "ulm")], "dot; ais_bench truncates there: ulm_0.5_leftImg8bit.png"),
     ],
@@ -86,7 +86,10 @@ def test_damaged_images_are_all_named_and_the_others_converted(tmp_path):
     flipped.write_bytes(whole[:110655] + bytes([whole[110655] ^ 1]) + whole[110656:])  # Pillow decodes it silently
     message = refusal(preprocess, tmp_path, tmp_path / "prep")
     assert message.startswith("5 of 6 images ")
-    assert all(f"{path}: damaged" in message for path in (cut, jpeg, bomb, flipped))
+    reasons = {cut: "Truncated File Read", bomb: "could be decompression bomb", flipped: "broken PNG file"}
+    assert all(f"{path}: damaged, too large, or not a PNG: " in message for path in reasons)
+    assert all(reason in message for reason in reasons.values())  # Pillow's own
+    assert f"{jpeg}: found JPEG, expected PNG" in message
     assert f"{grey}: found mode L, expected RGB" in message
     assert [path.name for path in (tmp_path / "prep").iterdir()] == ["ulm_0_leftImg8bit.bin"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import filecmp
+import hashlib
 import json
 import os
 import pickle
@@ -53,6 +55,13 @@ def weights(probe, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "probe.pth"
     torch.save(probe, path)
     return path
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Export and verify at a small size, which the network takes as well."""
+    for name, size in {"HEIGHT": 64, "WIDTH": 128, "LOGITS_HEIGHT": 9, "LOGITS_WIDTH": 17}.items():
+        monkeypatch.setattr(pth2onnx, name, size)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +139,8 @@ def test_weights_that_do_not_fit_are_named_by_kind(probe, tmp_path):
     torch.save(wrong, tmp_path / "x.pth")
     message = refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx")
     assert "8 missing (layer6.conv2d_list.0.bias, layer6.conv2d_list.0.weight, " in message
-    assert message.endswith(
-        "...); 1 unexpected (fc.weight); 1 of another shape (conv1.weight); 2 not finite (bn1.bias, layer1.0.bn1.bias)"
-    )
+    assert "...); 1 unexpected (fc.weight); 1 of another shape (conv1.weight); " in message
+    assert message.endswith("; 2 not finite floats (bn1.bias, layer1.0.bn1.bias)")
 
 
 def test_a_checkpoint_whose_zip_marks_a_tensor_as_a_folder_is_refused(weights, tmp_path):
@@ -143,6 +151,85 @@ def test_a_checkpoint_whose_zip_marks_a_tensor_as_a_folder_is_refused(weights, t
     content[first_entry + 38] ^= 0x10
     (tmp_path / "x.pth").write_bytes(content)
     assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx").startswith(f"{tmp_path}/x.pth: damaged")
+
+
+HOLDERS = {
+    "argparse.Namespace": argparse.Namespace(lr=1),
+    "collections.defaultdict": collections.defaultdict(list),
+}
+
+
+@pytest.mark.parametrize("found", HOLDERS)
+def test_other_objects_beside_the_weights_are_named_with_the_remedy(found, tmp_path):
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "more": HOLDERS[found]}, tmp_path / "x.pth")
+    message = refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx")
+    assert f"holds {found} beside the tensors" in message
+    assert 'torch.save(torch.load(X, weights_only=False)["state_dict"], Y)' in message
+
+
+def test_keys_both_with_and_without_module_are_refused(probe, tmp_path):
+    torch.save({**probe, "module.bn1.bias": probe["bn1.bias"] + 1}, tmp_path / "x.pth")
+    message = refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx")
+    assert message.endswith("keys both with and without `module.`: bn1.bias")
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch.nested.nested_tensor([tensor]),
+    ],
+    ids=["sparse", "quantized", "meta", "nested"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_plain_are_one_line(probe, tmp_path, convert):
+    torch.save({**probe, "bn1.bias": convert(probe["bn1.bias"])}, tmp_path / "x.pth")
+    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx").startswith(f"{tmp_path}/x.pth: ")
+
+
+def test_only_a_truncated_checkpoint_is_called_so(weights, tmp_path):
+    for content, word in ((weights.read_bytes()[:-1000], "truncated"), (b"<html>", "perhaps a web page")):
+        (tmp_path / "x.pth").write_bytes(content)
+        assert word in refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx")
+
+
+def test_two_dicts_of_tensors_without_a_state_dict_are_refused(probe, tmp_path):
+    torch.save({"model": probe, "ema": probe}, tmp_path / "x.pth")
+    assert "the one dict of tensors" in refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx")
+
+
+SAME_WEIGHTS = {
+    "module.": lambda probe: {f"module.{key}": value for key, value in probe.items()},
+    "state_dict": lambda probe: {"state_dict": probe, "epoch": 3, "ema": probe},
+    "model": lambda probe: {"model": probe, "optimizer": {"state": {0: {"step": torch.zeros(1)}}, "param_groups": []}},
+    "net": lambda probe: {"net": collections.OrderedDict(probe)},
+    "float64": lambda probe: {key: value.double() for key, value in probe.items()},
+    "Parameters": lambda probe: {
+        key: torch.nn.Parameter(value) if value.is_floating_point() else value for key, value in probe.items()
+    },
+    "channels_last": lambda probe: {
+        key: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value for key, value in probe.items()
+    },
+    "half": lambda probe: {k: value.half() if value.is_floating_point() else value for k, value in probe.items()},
+    "bf16": lambda probe: {k: value.bfloat16() if value.is_floating_point() else value for k, value in probe.items()},
+}
+
+
+def test_every_form_of_a_checkpoint_gives_the_bytes_of_its_values(probe, small, tmp_path):
+    """Half and bfloat16 hold other values, those of the same rounded."""
+
+    def export(checkpoint: object, **options: bool) -> str:
+        torch.save(checkpoint, tmp_path / "x.pth", **options)
+        network = pth2onnx.load_network(tmp_path / "x.pth")
+        return hashlib.sha256(pth2onnx.write_graph(network)).hexdigest()
+
+    expected = dict.fromkeys(SAME_WEIGHTS, export(probe))
+    for name in ("half", "bf16"):
+        expected[name] = export({k: v.float() for k, v in SAME_WEIGHTS[name](probe).items()})
+    assert {name: export(wrap(probe)) for name, wrap in SAME_WEIGHTS.items()} == expected
+    assert export(probe, _use_new_zipfile_serialization=False) == expected["net"]
 
 
 def test_the_export_has_what_atc_takes(exported):
@@ -171,13 +258,6 @@ def test_the_script_writes_the_same_bytes_and_nothing_else(weights, exported, tm
     assert filecmp.cmp(tmp_path / "x.onnx", exported, shallow=False)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Export and verify at a small size, which the network takes as well."""
-    for name, size in {"HEIGHT": 64, "WIDTH": 128, "LOGITS_HEIGHT": 9, "LOGITS_WIDTH": 17}.items():
-        monkeypatch.setattr(pth2onnx, name, size)
-
-
 @pytest.mark.filterwarnings("error")
 def test_an_export_that_fails_the_verification_replaces_nothing(small, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pth2onnx, "TOLERANCE", 0)
@@ -203,7 +283,7 @@ def test_a_graph_that_differs_fails_the_verification(small, weights, capsys, mis
 
 def test_a_float64_that_float32_cannot_hold_is_refused(probe, tmp_path):
     torch.save({**probe, "bn1.bias": torch.full((64,), 1e300, dtype=torch.float64)}, tmp_path / "x.pth")
-    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx").endswith("1 not finite (bn1.bias)")
+    assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx").endswith("1 not finite floats (bn1.bias)")
 
 
 def test_an_older_torch_is_named(weights, tmp_path, monkeypatch):

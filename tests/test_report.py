@@ -213,8 +213,42 @@ def test_what_ran_is_read_from_the_summary_of_the_run_s_folder(folder):
     ],
 )
 def test_runs_of_ais_bench_and_of_cann_are_those_of_an_ascend(folder, more, name):
-    row = make_page(folder, "--perf", add_summary(folder / "s.json", **more), frames=False).tables[0][1]
-    assert (row[0], row[-1]) == (f"{name} (s.json)", "43.64")
+    row = make_page(folder, "--perf", add_summary(folder / "result_bs1_summary.json", **more), frames=False).tables[0][
+        1
+    ]
+    assert (row[0], row[-1]) == (name, "43.64")
+
+
+def test_a_summary_belongs_to_the_run_of_its_name_also_after_both_were_copied(folder):
+    change(folder, "m.json", result_dir="/elsewhere/result/result_bs1")
+    summary = add_infer_summary(folder / "copies" / "result_bs1_summary.json")
+    assert OURS in make_page(folder, "--perf", summary, frames=False).text
+
+
+def test_the_summaries_of_devices_add_up(folder):
+    paths = [add_summary(folder / f"result_bs1/device{n}_summary.json", fps=40 + n, mean_ms=90 + n) for n in (0, 1)]
+    row = make_page(folder, "--perf", *paths, frames=False).tables[0][1]
+    assert row[2:5] == ["81.00", "90.50", "92.00"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x_summary.json"], "x_summary.json: is the summary of 0 of the runs"),
+        (["a/result_bs1_summary.json", "b/result_bs1_summary.json"], "several summaries of one run"),
+    ],
+)
+def test_a_summary_of_no_run_and_a_second_one_are_refused(folder, names, message):
+    paths = [add_infer_summary(folder / name) for name in names]
+    assert message in refusal(report, folder / "m.json", "--perf", *paths)
+
+
+def test_a_summary_of_another_model_than_was_scored_is_refused(folder):
+    summary = add_infer_summary(folder / "result_bs1_summary.json")
+    change(folder, "m.json", model_sha256="0123456789abcdef" * 4)
+    make_page(folder, "--perf", summary, frames=False)
+    change(folder, "m.json", model_sha256="f" * 64)
+    assert "of another model than" in refusal(report, folder / "m.json", "--perf", summary)
 
 
 def test_runs_of_one_name_are_distinguished_by_folder_and_file(folder):
@@ -357,7 +391,7 @@ def test_json_that_is_no_metrics_or_no_summary_is_one_line(folder):
 
 
 def test_a_missing_file_is_one_line_and_status_1_and_wrong_usage_is_2(folder):
-    assert error_of(SCRIPT, "none.json").endswith(" No such file or directory: 'none.json'")
+    assert error_of(SCRIPT, "none.json").endswith("none.json: No such file or directory")
     assert "--labels and --data go together" in run(SCRIPT, "m.json", "--labels", "labels", status=2).stderr
 
 

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from intrada_postprocess import InputError, at_least_one, first_five, run_script
+from intrada_postprocess import InputError, at_least_one, first_five, is_there, list_folder, run_script
 
 BATCH_SIZES = 1, 4, 8, 16, 32, 64
 # Frames/s on 310P3. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
@@ -117,7 +117,7 @@ def check_before_run(args: argparse.Namespace) -> list[str]:
         raise InputError(f"{sys.executable} has no ais_bench; docs/reference.md says how to install it")
     if args.data and not Path(args.data, "gtFine").is_dir():
         raise InputError(f"{args.data}: no gtFine/; --data is the Cityscapes folder")
-    inputs = Path(args.input).glob("*") if args.input else []
+    inputs = list_folder(Path(args.input)) if args.input else []
     stems = [path.name.split(".")[0] for path in inputs if path.suffix == ".bin"]
     if args.input and not stems:
         raise InputError(f"{args.input}: no .bin; --input is what intrada_preprocess.py wrote")
@@ -157,7 +157,9 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
 def find_results(folder: Path, stems: list[str]) -> list[Path]:
     """List the files of both outputs of the frames, those in ais_bench's device folders too."""
     expected = {f"{stem}_{output}" for stem in stems for output in (0, 1)}
-    return [path for path in [*folder.glob("*.bin"), *folder.glob("device*/*.bin")] if path.stem in expected]
+    entries = list_folder(folder) if is_there(folder) else []
+    entries += [path for device in entries if device.name.startswith("device") for path in list_folder(device)]
+    return [path for path in entries if path.stem in expected and path.suffix == ".bin"]
 
 
 def remove_results(folder: Path, stems: list[str]) -> None:
@@ -189,8 +191,9 @@ def json_path(folder: Path, what: str) -> Path:
 
 def find_summaries(folder: Path) -> list[Path]:
     """List a run's summaries: beside its folder, for several devices inside it."""
-    paths = [json_path(folder, "summary"), *sorted(folder.glob("*_summary.json"))]
-    return [path for path in paths if path.is_file()]
+    beside = json_path(folder, "summary")
+    inside = [path for path in list_folder(folder) if path.name.endswith("_summary.json")] if is_there(folder) else []
+    return [beside, *inside] if is_there(beside) else inside
 
 
 def remove_summaries(folder: Path) -> None:

@@ -35,7 +35,17 @@ import onnxruntime
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from intrada_postprocess import LOGITS_SHAPE, InputError, at_least_one, count_cpus, first_five, run_script
+from intrada_postprocess import (
+    LOGITS_SHAPE,
+    InputError,
+    at_least_one,
+    count_cpus,
+    first_five,
+    is_there,
+    list_folder,
+    read_json,
+    run_script,
+)
 from intrada_preprocess import HEIGHT, WIDTH
 
 IMAGE_SHAPE = 3, HEIGHT, WIDTH
@@ -94,7 +104,7 @@ def find_inputs(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none, or one does not hold exactly one frame.
     """
-    paths = sorted(folder.glob("*.bin"))
+    paths = [path for path in list_folder(folder) if path.suffix == ".bin"]
     if not paths:
         raise InputError(f"{folder}: no .bin; --input is what intrada_preprocess.py wrote")
     wrong = [path.name for path in paths if path.stat().st_size != IMAGE_BYTES]
@@ -119,16 +129,16 @@ def prepare_folder(folder: Path, inputs: list[Path], note: dict, args: argparse.
     """
     folder.mkdir(parents=True, exist_ok=True)
     note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
-    results = sorted(folder.glob("*.bin"))
+    results = [path for path in list_folder(folder) if path.suffix == ".bin"]
     if results and not args.overwrite:
         refuse_other_results(folder, note)
     else:  # in this order, so that at any moment what is there belongs to the note
         for path in (summary_path, *results, note_path):
-            if path.exists():
+            if is_there(path):
                 path.unlink()
         note_path.write_text(json.dumps(note, indent=1), encoding="utf-8")
-    missing = [path for path in inputs if not all(target.exists() for target in name_targets(folder, path))]
-    return missing or ([] if summary_path.exists() else inputs[-args.batchsize :])
+    missing = [path for path in inputs if not all(is_there(target) for target in name_targets(folder, path))]
+    return missing or ([] if is_there(summary_path) else inputs[-args.batchsize :])
 
 
 def refuse_other_results(folder: Path, note: dict) -> None:
@@ -144,14 +154,6 @@ def refuse_other_results(folder: Path, note: dict) -> None:
 def json_path(folder: Path, what: str) -> Path:
     """Name a JSON file beside the folder, where ais_bench puts its summary."""
     return folder.with_name(f"{folder.name}_{what}.json")
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file; empty if there is none, or if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 def name_targets(folder: Path, path: Path) -> list[Path]:
@@ -346,7 +348,10 @@ def main(argv: list[str] | None = None) -> int:
     groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)] if args.input else [[]]
     summary = {}
     if groups:
-        times_ms, elapsed_s = infer(session, groups, folder, args)
+        try:
+            times_ms, elapsed_s = infer(session, groups, folder, args)
+        except MemoryError:
+            raise InputError(f"out of memory at --batchsize {args.batchsize}; pass a smaller one") from None
         summary = {**summarise(groups, times_ms, elapsed_s, folder, args), **note}
     if groups and folder:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@
    --perf SUMMARY.json ...                                        of ais_bench or tools/infer.py
 -> one HTML file without script that loads nothing; the same inputs give the same bytes
 
-The summary of a run is the --perf file called <name of its RESULT_DIR>_summary.json.
+The summary of a run is the --perf file called <name of its RESULT_DIR>_summary.json, or those of several devices,
+<name of its RESULT_DIR>/device0_summary.json, ...; each must be of one of the runs.
 
    $ python3 tools/report.py metrics_bs1.json --labels labels_bs1 --data cityscapes --output report.html
    report.html: 1 run, 3 frames, 0.6 MB
@@ -19,6 +20,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -39,6 +41,7 @@ from intrada_postprocess import (
     count_cpus,
     count_pixels,
     first_five,
+    list_folder,
     mean_iou,
     read_label,
     read_png,
@@ -79,6 +82,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
             "path": path,
             "split": str(metrics["split"]),
             "result_dir": str(metrics["result_dir"]),
+            "sha256": metrics.get("model_sha256"),
             "frames": len(rows),
             **{key: float(metrics[key]) for key in averages},
             "iou": {name: to_float(metrics["iou"][name]) for name in NAMES},
@@ -112,6 +116,7 @@ def read_summary(path: Path) -> dict[str, Any]:
             device += f", device {summary.get('device', options.get('device', 0))}"
         return {
             "path": path,
+            "is_device": re.match(r"device\d", path.name) is not None,
             "name": f"{model}, batch {batch_size}, {device}",
             "model": model,
             "sha256": str(summary.get("model_sha256", "")),
@@ -133,20 +138,58 @@ def read_options(words: list[str]) -> dict[str, str]:
 
 
 def add_summaries(runs: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add each run's summary, `<result_dir>_summary.json`, and a name.
+    """Add each run's summary and a name: what ran, and where two runs would have one name, their folders and files.
 
-    The name is what ran; where two runs would have one name, with their folders and files.
+    Raises:
+        InputError: a summary is of no run, or a run has two.
     """
-    by_path = {summary["path"].resolve(): summary for summary in summaries}
+    of_run: dict[int, list[dict[str, Any]]] = {}
+    for summary in summaries:
+        of_run.setdefault(find_run(runs, summary), []).append(summary)
     named = []
-    for run in runs:
-        summary = by_path.get(Path(f"{Path(run['result_dir'])}_summary.json").resolve())
+    for n, run in enumerate(runs):
+        summary = merge_devices(of_run[n]) if n in of_run else None
+        if summary and run["sha256"] and summary["sha256"] != run["sha256"]:
+            raise InputError(f"{summary['path']}: of another model than {run['path']}; score those results again")
         name = summary["name"] if summary else f"{run['result_dir']}, model unknown"
         named.append({**run, "summary": summary, "name": name})
     for key in ("result_dir", "path"):
         times = Counter(run["name"] for run in named)
         named = [{**run, "name": f"{run['name']} ({run[key]})"} if times[run["name"]] > 1 else run for run in named]
     return named
+
+
+def find_run(runs: list[dict[str, Any]], summary: dict[str, Any]) -> int:
+    """Find the run that a summary is of, by `<result folder>_summary.json`, or `<result folder>/device0_summary.json`.
+
+    Raises:
+        InputError: there is none, or several that only their paths could tell apart.
+    """
+    path = summary["path"].resolve()
+    folder = path.parent if summary["is_device"] else path.parent / re.sub(r"_summary\.json$", "", path.name)
+    paths = [Path(run["result_dir"]).resolve() for run in runs]
+    found = [n for n, result_dir in enumerate(paths) if result_dir == folder]
+    found = found or [n for n, result_dir in enumerate(paths) if result_dir.name == folder.name]
+    if len(found) != 1:
+        raise InputError(f"{summary['path']}: is the summary of {len(found)} of the runs, by the name of their results")
+    return found[0]
+
+
+def merge_devices(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make one summary of those of a run's devices: frames/s add up, times are averaged, the largest p99 counts.
+
+    Raises:
+        InputError: there are several, and not all of a device.
+    """
+    first, *others = summaries
+    if not others:
+        return first
+    names = [summary["path"].name for summary in summaries]
+    if not all(summary["is_device"] for summary in summaries) or len(set(names)) < len(names):
+        raise InputError(f"{first_five([str(summary['path']) for summary in summaries])}: several summaries of one run")
+    fps, mean_ms, p99_ms, end_to_end = zip(*(summary["speed"] for summary in summaries))
+    end_to_end = None if None in end_to_end else sum(end_to_end)
+    return {**first, "speed": [sum(fps), sum(mean_ms) / len(mean_ms), max(p99_ms), end_to_end]}
 
 
 # ---------------------------------------------------------------------------------------------------- drawing frames
@@ -159,9 +202,9 @@ def find_frames(run: dict[str, Any], data_dir: Path, labels: Path) -> list[dict[
         InputError: files are missing; counts and names them.
     """
     found = {
-        "image": find_files(data_dir / "leftImg8bit" / run["split"], "*/*", "_leftImg8bit.png"),
-        "label": find_files(data_dir / "gtFine" / run["split"], "*/*", "_gtFine_labelIds.png"),
-        "label map": find_files(labels, "*", "_predicted_labelIds.png"),
+        "image": find_in_cities(data_dir / "leftImg8bit" / run["split"], "_leftImg8bit.png"),
+        "label": find_in_cities(data_dir / "gtFine" / run["split"], "_gtFine_labelIds.png"),
+        "label map": find_files(labels, "_predicted_labelIds.png"),
     }
     rows = run["per_frame"]
     missing = [f"{kind} of {row['frame']}" for row in rows for kind in found if row["frame"] not in found[kind]]
@@ -170,9 +213,14 @@ def find_frames(run: dict[str, Any], data_dir: Path, labels: Path) -> list[dict[
     return [{**row, **{kind: paths[row["frame"]] for kind, paths in found.items()}} for row in rows]
 
 
-def find_files(folder: Path, pattern: str, ending: str) -> dict[str, Path]:
-    """Find the files of a kind, by frame."""
-    return {path.name[: -len(ending)]: path for path in folder.glob(f"{pattern}{ending}")}
+def find_in_cities(folder: Path, ending: str) -> dict[str, Path]:
+    """Find `<city>/<frame><ending>` by frame."""
+    return {name: path for city in list_folder(folder) for name, path in find_files(city, ending).items()}
+
+
+def find_files(folder: Path, ending: str) -> dict[str, Path]:
+    """Find `<frame><ending>` by frame."""
+    return {path.name[: -len(ending)]: path for path in list_folder(folder) if path.name.endswith(ending)}
 
 
 def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -261,7 +309,7 @@ def percent(fraction: float | None, sign: str = "", digits: int = 2) -> str:
 # ---------------------------------------------------------------------------------------------------- the page
 
 
-def render(runs: list[dict[str, Any]], summaries: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
+def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
     """Fill the page in; everything from files is escaped."""
     loader = jinja2.FileSystemLoader(str(Path(__file__).parent))
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -270,8 +318,6 @@ def render(runs: list[dict[str, Any]], summaries: list[dict[str, Any]], frames: 
     with np.errstate(invalid="ignore"):
         shares = np.nan_to_num(first["confusion"] / first["confusion"].sum(axis=1, keepdims=True))
     speeds = [(run["name"], run["summary"]) for run in runs if run["summary"]]
-    others = [summary for summary in summaries if summary not in [run["summary"] for run in runs]]
-    speeds += [(f"{summary['name']} ({summary['path'].name})", summary) for summary in others]
     return environment.get_template("report.html").render(
         first=first,
         runs=runs,
@@ -304,10 +350,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    summaries = [read_summary(path) for path in args.perf]
-    runs = add_summaries([read_metrics(path) for path in args.metrics], summaries)
+    runs = add_summaries(list(map(read_metrics, args.metrics)), list(map(read_summary, args.perf)))
     frames = draw_frames(find_frames(runs[0], args.data, args.labels)) if args.labels else []
-    page = render(runs, summaries, frames).encode("utf-8", "replace")
+    page = render(runs, frames).encode("utf-8", "backslashreplace")
     args.output.write_bytes(page)
     counts = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(frames)} frame{'s' * (len(frames) != 1)}"
     print(f"{args.output}: {counts}, {len(page) / 1e6:.1f} MB")

@@ -1,0 +1,291 @@
+"""What the field does to files: unreadable folders, hidden files, odd PNGs, names that a terminal cannot show."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+import intrada_postprocess as postprocess
+import intrada_preprocess as preprocess
+from support import GOLDEN_DATA_DIR, LABEL_IDS, ROOT, add_frame, error_of, refusal, run, save_frames, save_small_model
+from tools import benchmark, compare, infer, report
+
+FRAMES = "bonn_000000_000000", "ulm_000000_000000"
+HALVES = np.repeat([[0] * 129, [10] * 129], [32, 33], axis=0)  # road below sky
+
+
+@pytest.fixture
+def folder(monkeypatch) -> Iterator[Path]:
+    """The current folder, which every user may enter: two cities' images and labels, results r and r2, maps, prep."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    monkeypatch.chdir(path)
+    for frame in FRAMES:
+        add_frame(Path("data"), frame, HALVES, HALVES if frame == FRAMES[0] else HALVES * 0)
+        image = Path(f"data/leftImg8bit/val/{frame.split('_')[0]}/{frame}_leftImg8bit.png")
+        image.parent.mkdir(parents=True)
+        Image.effect_noise((129, 65), 50).convert("RGB").save(image)
+    Path("data/r").rename("r")
+    Path("r/device0").mkdir()
+    Path(f"r/{FRAMES[1]}_leftImg8bit_1.bin").rename(f"r/device0/{FRAMES[1]}_leftImg8bit_1.bin")
+    shutil.copytree("r", "r2")
+    save_frames(Path("prep"), [FRAMES[0]])
+    save_small_model(Path("x.onnx"))
+    postprocess.main(["data", "r", "--json", "m.json", "--save_labels", "maps"])
+    yield path
+    subprocess.run(["chmod", "-R", "u+rwx", path], check=True)
+    shutil.rmtree(path)
+
+
+COMMANDS = {
+    "preprocess": (preprocess, "data", "new"),
+    "postprocess": (postprocess, "data", "r"),
+    "compare": (compare, "r", "r2"),
+    "report": (report, "m.json", "--labels", "maps", "--data", "data", "--output", "page.html"),
+    "infer": (infer, "--model", "x.onnx", "--input", "prep", "--output", "out", "--output_dirname", "o"),
+    "benchmark": (benchmark, "x.onnx", "1", "--input", "prep"),
+}
+
+
+def refusal_to_user(*command: object) -> str:
+    """Return the message to a user who is not root, from a child process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            message = refusal(*command)
+        except BaseException as error:
+            message = repr(error)
+        os.write(writer, message.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize(
+    ("command", "unreadable"),
+    [
+        ("preprocess", "data/leftImg8bit/val/bonn"),
+        ("postprocess", "data/gtFine/val/bonn"),
+        ("postprocess", "data/leftImg8bit/val/bonn"),
+        ("postprocess", "data/leftImg8bit"),
+        ("postprocess", "r/device0"),
+        ("compare", "r2/device0"),
+        ("report", "data/gtFine/val/ulm"),
+        ("report", "maps"),
+        ("infer", "prep"),
+        ("benchmark", "prep"),
+    ],
+)
+def test_a_folder_that_may_not_be_read_is_an_error_that_names_it(folder, command, unreadable):
+    Path(unreadable).chmod(0)
+    message = refusal_to_user(*COMMANDS[command])
+    assert message.startswith(unreadable) and message.endswith(": Permission denied"), message
+
+
+@pytest.mark.parametrize("command", ["preprocess", "postprocess"])
+def test_a_city_that_is_a_broken_link_is_an_error_that_names_it(folder, command):
+    Path("data/leftImg8bit/val/zurich").symlink_to("nowhere")
+    assert refusal(*COMMANDS[command]) == "data/leftImg8bit/val/zurich: No such file or directory"
+
+
+def test_a_link_into_a_folder_that_may_not_be_entered_drops_no_other_city(folder):
+    Path("secret/city").mkdir(parents=True)
+    Path("data/leftImg8bit/val/zurich").symlink_to(Path("secret/city").resolve())
+    Path("secret").chmod(0)
+    assert refusal_to_user(*COMMANDS["preprocess"]) == "data/leftImg8bit/val/zurich: Permission denied"
+
+
+def test_hidden_files_are_no_data_anywhere(folder):
+    """Archives made on a Mac hold ._<name> beside every file and folder."""
+    for path in [path for path in folder.rglob("*") if path.name[0] != "."]:
+        (path.parent / f"._{path.name}").write_bytes(b"Mac OS X")
+    Path("data/leftImg8bit/val/.cache").mkdir()
+    assert preprocess.main(["data", "new"]) == 0
+    assert sorted(path.name for path in Path("new").iterdir()) == [f"{frame}_leftImg8bit.bin" for frame in FRAMES]
+    metrics = json.loads(Path("m.json").read_text())
+    assert postprocess.main(["data", "r", "--json", "m2.json"]) == 0
+    assert json.loads(Path("m2.json").read_text()) == metrics
+    assert compare.main(["r", "r2"]) == 0
+    assert report.main(["m.json", "--labels", "maps", "--data", "data"]) == 0
+    assert infer.main([*COMMANDS["infer"][1:]]) == 0
+    assert sorted(path.name for path in Path("out/o").iterdir()) == [f"{FRAMES[0]}_leftImg8bit_{i}.bin" for i in (0, 1)]
+
+
+def test_preprocess_warns_of_hidden_bin_files_which_ais_bench_takes(folder, capsys):
+    Path("new").mkdir()
+    Path("new/._x.bin").touch()
+    preprocess.main(["data", "new"])
+    assert "._x.bin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["preprocess", "postprocess", "infer"])
+def test_file_systems_that_refuse_chmod_and_locks_are_written_to(folder, monkeypatch, command):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("not supported")
+
+    for name in ("os.chmod", "os.fchmod", "pathlib.Path.chmod", "fcntl.flock", "fcntl.lockf"):
+        monkeypatch.setattr(name, refuse)
+    module, *args = COMMANDS[command]
+    assert module.main(args) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- PNGs
+
+
+def make_png(pixels: np.ndarray, bits: int = 8, interlaced: bool = False) -> bytes:
+    """Encode (H, W) or (H, W, 3) uint8 or uint16 pixels; Pillow writes neither Adam7 nor RGB of 16 bits."""
+    height, width = pixels.shape[:2]
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    parts = [pixels[y::dy, x::dx] for y, x, dy, dx in passes] if interlaced else [pixels]
+    rows = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part.astype(f">u{bits // 8}"))
+    header = struct.pack(">2I5B", width, height, bits, 2 if pixels.ndim == 3 else 0, 0, 0, interlaced)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(make_chunk(*chunk) for chunk in chunks)
+
+
+def make_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def insert(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """Insert a chunk after the header, which takes the first 33 bytes."""
+    return png[:33] + make_chunk(kind, content) + png[33:]
+
+
+ORIENTATION_6 = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+VARIANTS = {
+    "interlaced": lambda png, pixels: make_png(pixels, interlaced=True),
+    "gAMA": lambda png, pixels: insert(png, b"gAMA", struct.pack(">I", 220000)),
+    "sRGB": lambda png, pixels: insert(png, b"sRGB", b"\0"),
+    "tRNS": lambda png, pixels: insert(png, b"tRNS", bytes([0, 7] * (pixels.ndim * 2 - 3))),
+    "an EXIF rotation": lambda png, pixels: insert(png, b"eXIf", ORIENTATION_6),
+    "APNG": lambda png, pixels: insert(png, b"acTL", struct.pack(">2I", 1, 0)),
+    "bytes after IEND": lambda png, pixels: png + b"more",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_png_variants_give_the_bytes_of_the_plain_one(tmp_path, variant):
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (64, 96, 3), np.uint8), rng.choice(np.array(LABEL_IDS, np.uint8), (64, 96))
+    add_frame(tmp_path, FRAMES[0], HALVES, HALVES)
+    found = set()
+    for change in (lambda png, pixels: png, VARIANTS[variant]):
+        label_path = tmp_path / f"gtFine/val/bonn/{FRAMES[0]}_gtFine_labelIds.png"
+        label_path.write_bytes(change(make_png(label), label))
+        image_path = tmp_path / f"leftImg8bit/val/bonn/{FRAMES[0]}_leftImg8bit.png"
+        image_path.parent.mkdir(parents=True, exist_ok=True)
+        image_path.write_bytes(change(make_png(image), image))
+        preprocess.main([str(tmp_path), str(tmp_path / "prep")])
+        postprocess.main([str(tmp_path), str(tmp_path / "r"), "--json", str(tmp_path / "m.json")])
+        matrix = str(json.loads((tmp_path / "m.json").read_text())["confusion_matrix"])
+        content = next((tmp_path / "prep").iterdir()).read_bytes()
+        found.add((hashlib.sha256(content).hexdigest(), matrix))
+    assert len(found) == 1
+
+
+def big_text(pixels: np.ndarray) -> bytes:
+    return insert(make_png(pixels), b"zTXt", b"k\0\0" + zlib.compress(bytes(2 << 20)))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda pixels: make_png(pixels.astype(np.uint16) * 257, bits=16), "found 16 bits per sample, expected 8"),
+        (big_text, "Decompressed data too large"),
+        (lambda pixels: make_png(pixels)[:33] + make_chunk(b"IEND", b""), "damaged, too large, or not a PNG: "),
+        (lambda pixels: b"<html>", "damaged, too large, or not a PNG: cannot identify image file"),
+    ],
+    ids=["16 bits", "large text", "no IDAT", "a page"],
+)
+def test_a_png_that_is_refused_is_named_with_the_reason_and_hides_no_other(tmp_path, make, reason):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    folder = tmp_path / "leftImg8bit/val/ulm"
+    folder.mkdir(parents=True)
+    for name, content in {"a": make(pixels), "b": make_png(pixels), "c": make_png(pixels[..., 0])}.items():
+        (folder / f"{name}_leftImg8bit.png").write_bytes(content)
+    message = refusal(preprocess, tmp_path, tmp_path / "prep")
+    assert f"2 of 3 images cannot be converted: {folder}/a_leftImg8bit.png: " in message and reason in message
+    assert "c_leftImg8bit.png: found mode L, expected RGB" in message
+    assert len(list((tmp_path / "prep").glob("*.bin"))) == 1
+
+
+def test_pillow_itself_still_reads_what_is_refused_for_its_bits(tmp_path):
+    """Or the check of the bits would be needless."""
+    (tmp_path / "x.png").write_bytes(make_png(np.full((2, 2, 3), 0x1234, np.uint16), bits=16))
+    assert Image.open(tmp_path / "x.png").mode == "RGB"
+    assert PngImagePlugin.MAX_TEXT_CHUNK < 2 << 20
+
+
+# ---------------------------------------------------------------------------------------------------- labels, names
+
+
+def test_train_ids_without_255_are_warned_of(tmp_path, capsys):
+    add_frame(tmp_path, FRAMES[0], HALVES, HALVES)
+    path = tmp_path / f"gtFine/val/bonn/{FRAMES[0]}_gtFine_labelIds.png"
+    train_ids = np.tile(np.arange(20, dtype=np.uint8), (65, 7))[:, :129]
+    Image.fromarray(train_ids).save(path)
+    assert postprocess.main([str(tmp_path), str(tmp_path / "r")]) == 0
+    assert "are these labelTrainIds?" in capsys.readouterr().err
+    Image.fromarray(np.where(train_ids == 19, np.uint8(21), train_ids)).save(path)
+    assert postprocess.main([str(tmp_path), str(tmp_path / "r")]) == 0
+    assert "labelTrainIds" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "shown"),
+    [
+        (b"\xb3\xc7\xca\xd0", {"LC_ALL": "C.UTF-8"}, "\\udcb3\\udcc7\\udcca\\udcd0"),  # GBK under UTF-8
+        ("城市".encode(), {"PYTHONIOENCODING": "ascii"}, "\\u57ce\\u5e02"),
+    ],
+    ids=["GBK", "ascii"],
+)
+def test_a_name_that_stdout_cannot_hold_is_escaped(tmp_path, name, settings, shown):
+    data = tmp_path / os.fsdecode(name)
+    shutil.copytree(GOLDEN_DATA_DIR, data)
+    command = [sys.executable, ROOT / "intrada_preprocess.py", data, data / "prep"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, **settings})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f"{shown}/prep: 1\n" in done.stdout.decode()
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_one_line(tmp_path):
+    save_small_model(tmp_path / "x.onnx")
+    message = error_of("tools/infer.py", "--model", tmp_path / "x.onnx", "--batchsize", 10**8)
+    assert message == "out of memory at --batchsize 100000000; pass a smaller one"
+
+
+def test_a_clone_with_crlf_keeps_the_line_ends_of_scripts(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    command = ["git", "-c", "core.autocrlf=true", "clone", "-q", "--no-local", ROOT, tmp_path / "clone"]
+    subprocess.run(command, check=True)
+    for name in ("atc_convert.sh", ".ci/run", "tests/fake_ascend/bin/atc", "intrada_preprocess.py"):
+        assert b"\r" not in (tmp_path / "clone" / name).read_bytes()
+
+
+def test_the_model_of_the_results_is_in_the_metrics(folder):
+    save_frames(Path("prep"), list(FRAMES))
+    run("tools/infer.py", "--model", "x.onnx", "--input", "prep", "--output", ".", "--output_dirname", "o")
+    postprocess.main(["data", "o", "--json", "m.json"])
+    metrics = json.loads(Path("m.json").read_text())
+    assert metrics["model_sha256"] == hashlib.sha256(Path("x.onnx").read_bytes()).hexdigest()
+    assert metrics["result_dir"] == str(Path("o").resolve())
