@@ -126,6 +126,7 @@ def interpolate_plainly(logits_chw: np.ndarray, height: int, width: int) -> np.n
 
 
 ABOVE_ONE = float(np.nextafter(np.float32(1), np.float32(2)))
+DENORMAL = np.array([[[-6, 0], [9, 9]], [[-7, 5], [-1, -1]], [[-2, 6], [-5, 2]]])
 RANDOM_LOGITS = st.sampled_from(
     [
         st.floats(-30, 30, width=32),
@@ -140,6 +141,7 @@ RANDOM_LOGITS = st.sampled_from(
 @settings(max_examples=500, deadline=None)
 @given(logits_chw=RANDOM_LOGITS, height=st.integers(1, 40), width=st.integers(1, 40))
 @example(logits_chw=np.array([[[1, 1]] * 2, [[ABOVE_ONE, ABOVE_ONE]] * 2], np.float32), height=37, width=37)
+@example(logits_chw=np.float32(2.0**-149 * DENORMAL), height=5, width=4)
 def test_the_prediction_is_that_of_full_size_logits(logits_chw, height, width):
     prediction = postprocess.predict(logits_chw, (height, width))
     full_size = interpolate_plainly(logits_chw, height, width)
