@@ -433,7 +433,17 @@ def summarise(frames: list[Frame], confusions: list[np.ndarray]) -> dict:
         "mean_class_accuracy": float(np.nanmean(divide(np.diag(confusion), truth))),
         "frequency_weighted_iou": float((truth * np.nan_to_num(iou)).sum() / truth.sum()),
         "confusion_matrix": confusion.tolist(),
-        "per_frame": [{"frame": frame.name, "miou": mean_iou(part)} for frame, part in zip(frames, confusions)],
+        "per_frame": [summarise_frame(frame.name, part) for frame, part in zip(frames, confusions)],
+    }
+
+
+def summarise_frame(name: str, confusion: np.ndarray) -> dict:
+    """Compute the metrics of one frame; None where it has no pixel with a class, and no such class."""
+    return {
+        "frame": name,
+        "miou": mean_iou(confusion),
+        "pixel_accuracy": float(np.trace(confusion) / confusion.sum()) if confusion.any() else None,
+        "iou": by_name(NAMES, compute_iou(confusion)),
     }
 
 
@@ -474,7 +484,7 @@ def format_table(metrics: dict) -> str:
     if "expected" in metrics:
         expected, miou = metrics["expected"], 100 * metrics["miou"]
         near = f"within {expected['tolerance']} of {expected['percent']:.4f}"
-        see = 'see "The mIoU is not the expected one" in README.md'
+        see = 'see "The mIoU is not the expected one" in docs/troubleshooting.md'
         passed, failed = f"PASS: {miou:.4f} is {near}", f"FAIL: {miou:.4f} is not {near}; {see}"
         lines.append("\n" + (passed if expected["passed"] else failed))
     return "\n".join(lines)

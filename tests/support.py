@@ -37,9 +37,9 @@ def run(script: str, *args: object, status: int = 0, **options: object) -> subpr
     return done
 
 
-def error_of(script: str, *args: object) -> str:
+def error_of(script: str, *args: object, **options: object) -> str:
     """Return the one-line error message of a script, without its `SCRIPT: error: `."""
-    stderr = run(script, *args, status=1).stderr
+    stderr = run(script, *args, status=1, **options).stderr
     start = f"{Path(script).name}: error: "
     assert stderr.startswith(start), stderr
     assert stderr.count("\n") == 1, stderr
@@ -99,9 +99,10 @@ def save_frames(folder: Path, frames: list[str]) -> list[np.ndarray]:
     return [image.astype(np.float32) for image in images]
 
 
-def read_blocks(text: str) -> list[tuple[str, str | None]]:
+def read_blocks(*texts: str) -> list[tuple[str, str | None]]:
     """Find the bash blocks, each with the text block that follows; the quick starts last, since they need a model."""
-    found = re.findall(r"^```bash\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL)
+    pattern = re.compile(r"^```bash\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
+    found = [block for text in texts for block in pattern.findall(text)]
     first = next(n for n, (commands, _) in enumerate(found) if commands.startswith("DATA_DIR="))
     return found[first:] + found[:first]
 

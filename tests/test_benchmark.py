@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -55,35 +56,54 @@ def miou_of(result: str) -> str:
 
 
 def test_the_table_of_an_ascend_host(folder):
-    done = benchmark("x", 1, 4, *SCORED, "--markdown", "t.md")
+    done = benchmark("x", 1, 4, *SCORED)
     one, four = rows_of(done)
-    assert one[:6] == ["1", "5", miou_of("result/result_bs1"), "1.00", "1000.00", "1100.00"]
+    assert one[:6] == ["1", "5", miou_of("bench/x/bs1"), "1.00", "1000.00", "1100.00"]
     assert four[:6] == ["4", "5", one[2], "4.00", "1000.00", "1100.00"]
     assert (one[7:], four[7:]) == (["47.52", ""], ["43.64", "best"])
     assert float(one[6]) > 0
-    assert Path("t.md").read_text() == done.stdout[done.stdout.index("| batch") :]
+    assert Path("bench/x/table.md").read_text() == done.stdout[done.stdout.index("| batch") :]
     assert commands_of(done) == benchmark("x", 1, 4, *SCORED, "--dry_run").stdout.splitlines()
     tools = [re.search("ais_bench.* --(input|loop)|intrada_postprocess", command)[0] for command in commands_of(done)]
     assert [tool.split()[-1] for tool in tools] == ["--input", "intrada_postprocess", "--loop"] * 2
     assert {command.split()[0] for command in commands_of(done)} == {sys.executable}
-    assert [oct(Path(name).stat().st_mode & 0o777) for name in ("perf", "result")] == ["0o750"] * 2
+    assert oct(Path("bench/x").stat().st_mode & 0o777) == "0o750"
+    assert "class" not in done.stdout + done.stderr and "sidewalk" in Path("bench/x/bs4.log").read_text()
+
+
+def test_the_report_s_command_below_the_table_can_be_pasted(folder):
+    done = benchmark("x", 1, 4, *SCORED)
+    assert "bench/x/bs1_summary.json" in done.stdout.splitlines()[-1]
+    subprocess.run(done.stdout.splitlines()[-1], shell=True, check=True, env=ascend_environment())
+    assert "x_bs4.om, batch 4, Ascend, ais_bench" in Path("report.html").read_text()
 
 
 @pytest.mark.parametrize("form", ["old", "new"])
 def test_earlier_builds_give_the_same_table(folder, form):
-    Path("result").mkdir(mode=0o755)  # the published guide's own step
     (row,) = rows_of(benchmark("x", 4, "--input", "prep", form=form))
     assert [*row[:6], *row[7:]] == ["4", "5", "-", "4.00", "1000.00", "1100.00", "43.64", "best"]
 
 
-def test_the_same_table_without_an_npu(folder):
+def test_the_same_table_without_an_npu_and_its_published_figures(folder):
     one, four = rows_of(benchmark("x.onnx", 1, 4, *SCORED, "--loop", 2))
-    assert one[:3] == ["1", "5", miou_of("result/result_bs1")]
+    assert one[:3] == ["1", "5", miou_of("bench/x.onnx/bs1")]
     assert four[:3] == ["4", "5", one[2]]
-    summary = json.loads(Path("perf/bs4_summary.json").read_text())
+    summary = json.loads(Path("bench/x.onnx/bs4_speed_summary.json").read_text())
     assert summary["NPU_compute_time"]["count"] == 2
     assert four[3] == f"{summary['throughput']:.2f}"
-    assert sorted(row[-1] for row in (one, four)) == ["", "best"]
+    assert sorted(row[7:] for row in (one, four)) == [[""], ["best"]]
+
+
+def test_several_models_have_a_folder_each_and_results_elsewhere_are_not_touched(folder):
+    run("tools/infer.py", "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", "bs1")
+    untouched = {path: path.stat().st_mtime_ns for path in Path("result").rglob("*")}
+    save_small_model(Path("y.onnx"), seed=1)
+    tables = {}
+    for model in ("x.onnx", "y.onnx", "x", "x.onnx"):  # the first one once more
+        rows = rows_of(benchmark(model, 1, *SCORED, "--loop", 1))
+        assert rows[0][2] == tables.setdefault(model, rows[0][2]) == miou_of(f"bench/{model}/bs1")
+    assert tables["x.onnx"] == tables["x"] != tables["y.onnx"]
+    assert {path: path.stat().st_mtime_ns for path in Path("result").rglob("*")} == untouched
 
 
 def test_ais_bench_and_infer_leave_the_same_files(folder):
@@ -105,7 +125,7 @@ def test_ais_bench_and_infer_leave_the_same_files(folder):
 @pytest.mark.parametrize("form", ["old", "newest"])  # newer builds give each device all frames by default
 def test_several_devices_share_the_frames_and_add_up(folder, form):
     done = benchmark("x", 1, "--device", "0,1", *SCORED, form=form)
-    assert [row[:4] for row in rows_of(done)] == [["1", "5", miou_of("result/result_bs1"), "2.00"]]
+    assert [row[:4] for row in rows_of(done)] == [["1", "5", miou_of("bench/x/bs1"), "2.00"]]
 
 
 def test_speed_alone_needs_no_frames_and_figures_of_an_earlier_run_do_not_count(folder):
@@ -132,8 +152,8 @@ def test_a_batch_size_that_fails_is_a_row_with_its_reason_below_and_the_others_g
             {"FAKE_AIS_BENCH_DEAD": "1"},
             f"3 of 5 frames lack an output: {FRAMES[2]}",
         ),
-        (["--device", "0,1"], {"FAKE_AIS_BENCH_DEAD": "1"}, "summaries in perf: 1, devices: 2"),
-        ([], {"FAKE_AIS_BENCH_HALF": "1"}, "perf/bs1_summary.json"),
+        (["--device", "0,1"], {"FAKE_AIS_BENCH_DEAD": "1"}, "summaries of bench/x/bs1_speed: 1, devices: 2"),
+        ([], {"FAKE_AIS_BENCH_HALF": "1"}, "bench/x/bs1_speed_summary.json"),
     ],
 )
 def test_what_ais_bench_omits_without_a_message_fails_the_row_though_old_results_are_there(
@@ -147,9 +167,9 @@ def test_what_ais_bench_omits_without_a_message_fails_the_row_though_old_results
 
 def test_ctrl_c_loses_no_row_of_the_markdown(folder):
     environment = ascend_environment(FAKE_AIS_BENCH_STOP="4")
-    done = run(SCRIPT, "x", 1, 4, "--markdown", "t.md", status=-signal.SIGINT, env=environment, **OWN_GROUP)
+    done = run(SCRIPT, "x", 1, 4, status=-signal.SIGINT, env=environment, **OWN_GROUP)
     assert SCRIPT not in done.stderr  # no traceback but the stand-in's
-    assert [line.split()[1] for line in Path("t.md").read_text().splitlines()[2:]] == ["1"]
+    assert [line.split()[1] for line in Path("bench/x/table.md").read_text().splitlines()[2:]] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -157,17 +177,20 @@ def test_ctrl_c_loses_no_row_of_the_markdown(folder):
     [
         (["x", 1, 8, 16], "x_bs8.om, x_bs16.om: no such file"),
         (["y.onnx", 1, 8], "y.onnx: no such file"),
-        (["x.onnx", 1, "--input", "prep", "--data", "prep"], "prep: no gtFine/"),
+        (["x.onnx", 1, "--input", "prep", "--data", "prep"], "prep/gtFine: No such file"),
         (["x.onnx", 1, "--input", "data"], "data: no .bin"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_runs(folder, args, words):
     assert words in refusal(tool, *args)
-    assert not Path("perf").exists()
+    assert not Path("bench").exists()
 
 
-def test_a_missing_ais_bench_is_one_line(folder):
-    assert "no ais_bench" in error_of(SCRIPT, "x", 1)
+def test_a_missing_ais_bench_is_one_line_and_so_is_the_unrelated_package_of_that_name(folder):
+    assert "no ais_bench that knows --model" in error_of(SCRIPT, "x", 1)
+    Path("ais_bench.py").write_text("print('usage: ais_bench [--models MODELS]')")
+    message = error_of(SCRIPT, "x", 1, env={**os.environ, "PYTHONPATH": "."})
+    assert "no ais_bench that knows --model" in message and "the .onnx can be measured" in message
 
 
 def test_scoring_without_frames_is_wrong_usage(capsys):

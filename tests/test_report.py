@@ -180,6 +180,8 @@ def test_a_published_miou_is_shown_for_500_frames_of_val_only(folder):
     page = make_page(folder, metrics=("val.json", "train.json", "m.json"), frames=False)
     assert page.text.count(f"published: 47.01 %, {100 * read(folder)['miou'] - 47.01:+.2f} points") == 1
     assert page.text.count("published: ") == 1
+    assert "Published figures" in page.text
+    assert "Published figures" not in make_page(folder, frames=False).text
 
 
 def test_what_ran_is_read_from_the_summary_of_the_run_s_folder(folder):
@@ -258,21 +260,55 @@ def test_runs_of_one_name_are_distinguished_by_folder_and_file(folder):
     assert re.findall(r"<h3>(result/.*)</h3>", page.source) == names
 
 
-def test_the_other_runs_are_in_the_table_with_the_change_of_each_class(folder):
+def test_the_runs_iou_stand_side_by_side_with_the_change_of_each_class(folder):
     metrics = read(folder)
     iou = {**metrics["iou"], "sidewalk": metrics["iou"]["sidewalk"] + 0.01, "sky": metrics["iou"]["sky"] - 0.02}
     change(folder, "b.json", result_dir="result/b", iou=iou | {"road": None}, miou=metrics["miou"] + 0.003)
     page = make_page(folder, metrics=("m.json", "b.json"))
     assert "+0.30 points against result/result_bs1, model unknown" in page.text
     head, *rows, mean = page.tables[0]
-    assert head[5:] == ["IoU %, result/b, model unknown", "change, points"]
-    changes = {row[0]: row[5:] for row in rows}
+    assert head[1:5] == ["IoU %, run 1", "IoU %, run 2", "change, points", "recall %"]
+    changes = {row[0]: row[2:4] for row in rows}
     assert changes["sidewalk"] == [f"{100 * iou['sidewalk']:.2f}", "+1.00"]
     assert changes["sky"] == [f"{100 * iou['sky']:.2f}", "-2.00"]
     assert (changes["road"], changes["train"], changes["building"][1]) == (["-", "-"], ["-", "-"], "+0.00")
     marked = re.findall(r'<td class="(\w*)">([-+].*?)</td>', page.source)
-    assert set(marked) == {("bad", "-2.00"), ("good", "+1.00"), ("", "-"), ("", "+0.00")}
-    assert mean[-1] == "+0.30"
+    assert set(marked) == {("bad", "-2.00"), ("good", "+1.00"), ("", "-"), ("", "+0.00"), ("good", "+0.30")}
+    assert mean[3] == "+0.30"
+
+
+def test_frames_have_their_miou_in_every_run_and_those_that_changed_most_are_linked(folder):
+    rows = read(folder)["per_frame"]
+    changed = [
+        {**row, "miou": row["miou"] + step} for row, step in zip(rows, (0.01, -0.02, 0, 0, 0, 0))
+    ]  # one is missing
+    change(folder, "b.json", result_dir="result/b", per_frame=changed)
+    page = make_page(folder, metrics=("m.json", "b.json"))
+    listed = page.source.split("Changed most in run 2")[1].split("</div>")[0]
+    assert re.findall(r'class="(\w+)">(.*?)</b>\s*<a href="#(.*?)"', listed) == [
+        ("bad", "-2.00", FRAMES[1]),
+        ("good", "+1.00", FRAMES[0]),
+    ]
+    both = f"{FRAMES[0]} {100 * rows[0]['miou']:.2f}, {100 * changed[0]['miou']:.2f}"
+    assert both in page.text and f"{FRAMES[6]} {100 * rows[6]['miou']:.2f}, -" in page.text
+
+
+def test_large_frames_show_the_predictions_of_both_runs_and_where_they_differ(folder):
+    shutil.copytree(folder / "labels", folder / "labels_b")
+    path = folder / "labels_b" / f"{FRAMES[6]}_predicted_labelIds.png"
+    label_map = np.asarray(Image.open(path)).copy()
+    label_map[60:, 100:] = 23  # sky, where nothing is scored
+    Image.fromarray(label_map).save(path)
+    change(folder, "b.json", result_dir="result/b")
+    page = make_page(folder, "--labels", folder / "labels_b", metrics=("m.json", "b.json"))
+    assert list(page.images("prediction of run 2")) == FRAMES[:1:-1]
+    drawn = page.images("changes in run 2")[FRAMES[6]].convert("RGB")
+    width, height = drawn.size
+    assert drawn.getpixel((width - 1, height - 1)) == (70, 130, 180)
+    assert drawn.getpixel((0, 0)) == (255, 255, 255)
+    assert len(drawn.getcolors()) == 2
+    done = run(SCRIPT, "m.json", *["--labels", folder / "labels"] * 2, "--data", folder, status=2)
+    assert "--labels was given more often" in done.stderr
 
 
 def test_frames_are_sorted_from_the_lowest_miou_and_the_first_five_are_large(folder):
@@ -351,7 +387,7 @@ def test_missing_files_are_counted_and_named(folder):
     (folder / "labels" / f"{FRAMES[2]}_predicted_labelIds.png").unlink()
     (folder / "leftImg8bit" / "val" / "ulm" / f"{FRAMES[4]}_leftImg8bit.png").unlink()
     (folder / "gtFine" / "val" / "ulm" / f"{FRAMES[3]}_gtFine_labelIds.png").unlink()
-    missing = f"image of {FRAMES[4]}, label of {FRAMES[3]}, label map of {FRAMES[2]}"
+    missing = f"image of {FRAMES[4]}, label of {FRAMES[3]}, label map in {folder}/labels of {FRAMES[2]}"
     assert refusal_with_frames(folder).endswith(f": 3: {missing}")
 
 
@@ -508,7 +544,7 @@ def click_at(chromium, element: str) -> None:
 
 
 def test_the_report_s_image_in_the_readme_fits_one_screen():
-    (path,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    path = "docs/report.jpg"
     width, height = Image.open(ROOT / path).size
     assert (1200 <= width <= 1300) and (650 <= height <= 800)
     assert (ROOT / path).stat().st_size < 200_000

@@ -2,7 +2,7 @@
 """Write one self-contained HTML page about results: what ran, mIoU, speed, classes, confusions, frames.
 
    METRICS.json ...                                               of intrada_postprocess.py --json, one per run
-   --labels DIR/<frame>_predicted_labelIds.png                    the first run's label maps, of --save_labels
+   --labels DIR/<frame>_predicted_labelIds.png                    a run's label maps, of --save_labels; once per run
    --data DATA_DIR/{leftImg8bit,gtFine}/<split>/<city>/<frame>_*  its images and labels
    --perf SUMMARY.json ...                                        of ais_bench or tools/infer.py
 -> one HTML file without script that loads nothing; the same inputs give the same bytes
@@ -57,7 +57,7 @@ COLORS = [*(color for _, _, _, color in CLASSES), "#000000", "#ffffff"]
 TRAIN_ID_OF = np.full(256, IGNORED, np.uint8)
 TRAIN_ID_OF[LABEL_IDS] = range(len(CLASSES))
 
-LARGE_FRAMES, RUN_CONFUSIONS, FRAME_CONFUSIONS = 5, 8, 3
+LARGE_FRAMES, RUN_CONFUSIONS, FRAME_CONFUSIONS, CHANGED_FRAMES = 5, 8, 3, 10
 SMALL, LARGE = (192, 96), (1024, 512)  # width, height of a panel
 
 # What reading and converting a value raises where JSON is not what our scripts or ais_bench wrote.
@@ -195,22 +195,29 @@ def merge_devices(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- drawing frames
 
 
-def find_frames(run: dict[str, Any], data_dir: Path, labels: Path) -> list[dict[str, Any]]:
-    """Find the files of every frame of a run: the name, the mIoU, and the paths `image`, `label`, `label map`.
+def find_frames(runs: list[dict[str, Any]], data_dir: Path, labels: list[Path]) -> list[dict[str, Any]]:
+    """Find the files of every frame of the first run: its row of the metrics, and `image`, `label` and `label maps`.
+
+    Args:
+        labels: folders of label maps, of the first runs in their order.
 
     Raises:
         InputError: files are missing; counts and names them.
     """
+    split = runs[0]["split"]
     found = {
-        "image": find_in_cities(data_dir / "leftImg8bit" / run["split"], "_leftImg8bit.png"),
-        "label": find_in_cities(data_dir / "gtFine" / run["split"], "_gtFine_labelIds.png"),
-        "label map": find_files(labels, "_predicted_labelIds.png"),
+        "image": find_in_cities(data_dir / "leftImg8bit" / split, "_leftImg8bit.png"),
+        "label": find_in_cities(data_dir / "gtFine" / split, "_gtFine_labelIds.png"),
+        **{f"label map in {folder}": find_files(folder, "_predicted_labelIds.png") for folder in labels},
     }
-    rows = run["per_frame"]
+    rows = runs[0]["per_frame"]
     missing = [f"{kind} of {row['frame']}" for row in rows for kind in found if row["frame"] not in found[kind]]
     if missing:
-        raise InputError(f"files missing in {data_dir} and {labels}: {len(missing)}: {first_five(missing)}")
-    return [{**row, **{kind: paths[row["frame"]] for kind, paths in found.items()}} for row in rows]
+        raise InputError(f"{data_dir}: files missing: {len(missing)}: {first_five(missing)}")
+    paths = [[by_frame[row["frame"]] for by_frame in found.values()] for row in rows]
+    return [
+        {**row, "image": image, "label": label, "label maps": maps} for row, (image, label, *maps) in zip(rows, paths)
+    ]
 
 
 def find_in_cities(folder: Path, ending: str) -> dict[str, Path]:
@@ -226,19 +233,16 @@ def find_files(folder: Path, ending: str) -> dict[str, Path]:
 def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Draw a frame's image, ground truth, prediction and errors, and if it is large the prediction over the image.
 
-    Of the labels every n-th pixel is shown, so that no colors are mixed.
+    A large frame also shows the predictions of further runs, and where they differ from the first. Of the labels every
+    n-th pixel is shown, so that no colors are mixed.
 
     Raises:
-        InputError: a file is damaged, or the label map is not the one of the metrics.
+        InputError: a file is damaged, or a label map is not the one of the metrics.
     """
-    label, label_map = read_label(frame["label"]), read_label(frame["label map"])
-    if label.shape != label_map.shape:
-        raise InputError(f"{frame['label map']}: found {label_map.shape}, expected its label's {label.shape}")
-    truth, prediction = TRAIN_ID_OF[label], TRAIN_ID_OF[label_map]
-    confusion = count_pixels(label, prediction)
-    found, expected = (np.nan if miou is None else miou for miou in (mean_iou(confusion), frame["miou"]))
-    if not np.isclose(found, expected, rtol=0, atol=1e-9, equal_nan=True):
-        raise InputError(f"{frame['label map']}: not the prediction of these metrics; pass --labels of the same run")
+    label = read_label(frame["label"])
+    truth = TRAIN_ID_OF[label]
+    predictions = [read_prediction(path, label, miou) for path, miou in zip(frame["label maps"], frame["mious"])]
+    prediction, *others = predictions
     image = read_png(frame["image"], "RGB").resize(size, Image.BOX)
     errors = np.where((prediction == truth) & (truth != IGNORED), np.uint8(CORRECT), truth)
     images = {
@@ -249,9 +253,31 @@ def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     }
     if size == LARGE:
         images["overlay"] = Image.blend(image, images["prediction"].convert("RGB"), 0.5)
+        for n, other in enumerate(others, 2):
+            images[f"prediction of run {n}"] = paint(other, size)
+            images[f"changes in run {n}"] = paint(np.where(other == prediction, np.uint8(CORRECT), other), size)
+    confusion = count_pixels(label, prediction)
     shares = confusion / max(confusion.sum(), 1)
     panels = [(title, to_data_uri(drawn), *size) for title, drawn in images.items()]
     return {**frame, "panels": panels, "confusions": find_confusions(shares, FRAME_CONFUSIONS)}
+
+
+def read_prediction(path: Path, label: np.ndarray, miou: float | None) -> np.ndarray:
+    """Read a label map as (H, W) uint8 train ids.
+
+    Raises:
+        InputError: it is damaged, or not the one that has this mIoU.
+    """
+    label_map = read_label(path)
+    if label.shape != label_map.shape:
+        raise InputError(f"{path}: found {label_map.shape}, expected its label's {label.shape}")
+    prediction = TRAIN_ID_OF[label_map]
+    found, expected = (
+        np.nan if value is None else value for value in (mean_iou(count_pixels(label, prediction)), miou)
+    )
+    if not np.isclose(found, expected, rtol=0, atol=1e-9, equal_nan=True):
+        raise InputError(f"{path}: not the prediction of these metrics; pass --labels of the same run")
+    return prediction
 
 
 def paint(train_ids: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -284,14 +310,35 @@ def find_confusions(shares: np.ndarray, largest: int) -> list[tuple[float, str, 
     return [(wrong[pair], NAMES[pair[0]], NAMES[pair[1]]) for pair in pairs if wrong[pair] >= 0.0005]
 
 
-def list_classes(run: dict[str, Any]) -> list[tuple]:
-    """List name, IoU, recall, precision and share of the pixels of each class, the lowest IoU first."""
-    confusion = run["confusion"]
+def add_mious(runs: list[dict[str, Any]]) -> None:
+    """Add to each frame of the first run its mIoU in every run, None where a run has no such frame."""
+    by_frame = [{row["frame"]: row["miou"] for row in run["per_frame"]} for run in runs]
+    for row in runs[0]["per_frame"]:
+        row["mious"] = [mious.get(row["frame"]) for mious in by_frame]
+
+
+def find_changes(runs: list[dict[str, Any]], other: int) -> list[tuple[float, dict[str, Any]]]:
+    """Find the frames whose mIoU changed most from the first run to another, up or down, and by how much."""
+    rows = [row for row in runs[0]["per_frame"] if None not in (row["mious"][0], row["mious"][other])]
+    changes = [(row["mious"][other] - row["mious"][0], row) for row in rows]
+    largest = sorted(changes, key=lambda change: (-abs(change[0]), change[1]["frame"]))[:CHANGED_FRAMES]
+    return sorted(
+        (change for change in largest if abs(change[0]) >= 0.00005), key=lambda change: (change[0], change[1]["frame"])
+    )
+
+
+def list_classes(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """List each class's IoU in every run with its change, and the first run's other figures; the lowest IoU first."""
+    confusion = runs[0]["confusion"]
     hits, truth, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     with np.errstate(invalid="ignore"):  # 0 / 0 of a class that does not occur is NaN
-        figures = hits / truth, hits / predicted, truth / truth.sum()
-    rows = zip(NAMES, [run["iou"][name] for name in NAMES], *figures)
-    return sorted(rows, key=lambda row: (row[1] is None, row[1]))
+        figures = zip(hits / truth, hits / predicted, truth / truth.sum())
+    rows = []
+    for name, figures_of_class in zip(NAMES, figures):
+        iou, *others = (run["iou"][name] for run in runs)
+        changes = [(other, None if None in (iou, other) else other - iou) for other in others]
+        rows.append({"name": name, "iou": iou, "others": changes, "figures": figures_of_class})
+    return sorted(rows, key=lambda row: (row["iou"] is None, row["iou"]))
 
 
 def count_frames(run: dict[str, Any]) -> list[list[str]]:
@@ -325,7 +372,8 @@ def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
         published_miou=PUBLISHED_MIOU,
         published_fps=PUBLISHED_FPS,
         colors=dict(zip(NAMES, COLORS)),
-        classes=list_classes(first),
+        classes=list_classes(runs),
+        changes=[(run["name"], find_changes(runs, n)) for n, run in enumerate(runs) if n],
         confusions=find_confusions(shares, RUN_CONFUSIONS),
         matrix=list(zip(NAMES, shares)),
         bins=count_frames(first),
@@ -338,20 +386,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write one self-contained HTML page about results.")
     add = parser.add_argument
     add("metrics", metavar="METRICS.json", nargs="+", type=Path, help="of intrada_postprocess.py --json, one per run")
-    add("--labels", metavar="DIR", type=Path, help="the first run's label maps, of --save_labels; needs --data")
+    add("--labels", metavar="DIR", type=Path, action="append", default=[],
+        help="a run's label maps, of --save_labels; once per run, in their order; needs --data")  # fmt: skip
     add("--data", metavar="DATA_DIR", type=Path, help="Cityscapes, with leftImg8bit/ and gtFine/; needs --labels")
     add("--perf", metavar="SUMMARY.json", nargs="+", type=Path, default=[], help="of ais_bench or tools/infer.py")
     add("--output", metavar="FILE", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
     args = parser.parse_args(argv)
     if bool(args.labels) != bool(args.data):
         parser.error("--labels and --data go together")
+    if len(args.labels) > len(args.metrics):
+        parser.error("--labels was given more often than METRICS.json")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     runs = add_summaries(list(map(read_metrics, args.metrics)), list(map(read_summary, args.perf)))
-    frames = draw_frames(find_frames(runs[0], args.data, args.labels)) if args.labels else []
+    add_mious(runs)
+    frames = draw_frames(find_frames(runs, args.data, args.labels)) if args.labels else []
     page = render(runs, frames).encode("utf-8", "backslashreplace")
     args.output.write_bytes(page)
     counts = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(frames)} frame{'s' * (len(frames) != 1)}"
