@@ -36,6 +36,7 @@ setup: $(STAMP)  ## make .venv with the pinned packages, once
 
 $(STAMP): requirements.txt $(CONSTRAINTS)
 	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) -U pip
 	$(INSTALL) -r requirements.txt -c $(CONSTRAINTS)
 	@touch $@
 

@@ -77,7 +77,7 @@ main() {
       summary+=("bs $bs: made $om")
     else
       rm -f "$om"
-      failed=1 summary+=("bs $bs: FAILED; see atc's messages above and README.md, Troubleshooting")
+      failed=1 summary+=("bs $bs: FAILED; see atc's messages above and docs/ascend.md")
     fi
     om='' # complete, or gone
   done

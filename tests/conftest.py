@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +29,9 @@ class Walk(NamedTuple):
 
 @pytest.fixture(scope="session")
 def walk(tmp_path_factory) -> Walk:
-    """Run README.md in a folder with the project's files and the tiny data set; an Ascend host's tools are stand-ins.
+    """Run README.md and docs/tools.md in a folder with the project's files; an Ascend host's tools are stand-ins.
 
-    pip3 is a stub, and make runs with -n.
+    pip3 is a stub, make runs with -n, and the quick start's export, the second one, is not verified again.
     """
     folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
     scripts = [path for ending in ("py", "sh", "txt") for path in ROOT.glob(f"*.{ending}")]
@@ -44,14 +43,16 @@ def walk(tmp_path_factory) -> Walk:
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{command}\n")
         (tools / name).chmod(0o755)
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny_cityscapes.py", folder / "cityscapes"], check=True)
     (folder / "cityscapes_easy2hard_intrada_with_norm.pth").symlink_to("cityscapes/tiny_intrada.pth")
 
-    blocks = read_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    blocks = read_blocks(*((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tools.md")))
     environment = ascend_environment(FAKE_AIS_BENCH_KNOWN="result_onnx/result_bs1", LD_LIBRARY_PATH="")
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     script = "".join(f"echo '{MARK}'\n{commands}" for commands, _ in blocks)
     script = script.replace("/data/cityscapes", "cityscapes")
+    script = script.replace(
+        "_with_norm.pth intraDA_deeplabv2.onnx", "_with_norm.pth intraDA_deeplabv2.onnx --skip_verify"
+    )
     script = script.replace("/usr/local/Ascend", str(ROOT / "tests" / "fake_ascend" / "home" / "Ascend"))
     done = subprocess.run(["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
