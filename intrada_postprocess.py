@@ -142,7 +142,7 @@ def find_logits(result_dir: Path) -> dict[str, Path]:
     entries = list_folder(result_dir)
     for device in [path for path in entries if path.name.startswith("device")]:
         entries += list_folder(device)
-    for path in [path for path in entries if re.search(r"_\d+\.bin$", path.name)]:
+    for path in [path for path in entries if re.fullmatch(r".+_[0-9]+\.bin", path.name)]:
         if logits.setdefault(path.stem, path) != path:
             raise InputError(
                 f"{logits[path.stem]} and {path} are results of the same frame; pass one of the folders, or infer into "
@@ -204,20 +204,22 @@ def find_model(result_dir: Path) -> str | None:
     Raises:
         InputError: those of several devices name different models.
     """
-    paths = [path for path in list_folder(result_dir) if path.name.endswith("_summary.json")]
-    paths.append(result_dir.with_name(f"{result_dir.resolve().name}_summary.json"))
-    models = {read_json(path).get("model_sha256") for path in paths} - {None}
+    folder = result_dir.resolve()
+    paths = [path for path in list_folder(folder) if path.name.endswith("_summary.json")]
+    paths.append(folder.parent / f"{folder.name}_summary.json")
+    models = {str(read_json(path).get("model_sha256", "")) for path in paths} - {""}
     if len(models) > 1:
         raise InputError(f"{result_dir}: results of several models: {first_five(sorted(models))}")
     return models.pop() if models else None
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file; empty if there is none, or if it is damaged."""
+    """Read a JSON object; empty if there is none, or if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_png(path: Path, mode: str) -> Image.Image:
@@ -519,7 +521,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--expect", metavar="PERCENT", type=float, help="expected mIoU; exit status 1 if it is missed")
     add("--tolerance", metavar="POINTS", type=float, default=0.1,
         help="allowed difference to --expect, in percentage points (default: %(default)s)")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not np.isfinite([args.expect or 0, args.tolerance]).all():
+        parser.error("--expect and --tolerance must be finite")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

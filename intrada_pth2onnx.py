@@ -167,8 +167,8 @@ def load_checkpoint(weights: Path) -> object:
                 'the file is trusted: torch.save(torch.load(X, weights_only=False)["state_dict"], Y)'
             ) from None
         raise InputError(
-            f"{weights}: not a checkpoint that torch can read: perhaps a web page saved in its place, or an incomplete "
-            "download"
+            f"{weights}: not a checkpoint that torch can read: perhaps a web page saved in its place, an incomplete "
+            "download, or another format"
         ) from None
     if damaged:
         raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
@@ -251,6 +251,8 @@ class Graph:
         return output
 
     def add_weights(self, name: str, values: torch.Tensor) -> str:
+        if not values.float().isfinite().all():
+            raise InputError(f"{name}: not finite; a batch norm has a negative variance, or a value is too large")
         self.proto.initializer.append(onnx.numpy_helper.from_array(values.detach().float().contiguous().numpy(), name))
         return name
 

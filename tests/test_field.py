@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -265,6 +266,42 @@ def test_a_name_that_stdout_cannot_hold_is_escaped(tmp_path, name, settings, sho
     done = subprocess.run(command, capture_output=True, env={**os.environ, **settings})
     assert (done.returncode, done.stderr) == (0, b"")
     assert f"{shown}/prep: 1\n" in done.stdout.decode()
+
+
+def test_a_name_of_another_encoding_is_inferred(folder):
+    Path(f"prep/{FRAMES[0]}_leftImg8bit.bin").rename("prep/\udcb3\udcc7_leftImg8bit.bin")
+    assert infer.main([*COMMANDS["infer"][1:]]) == 0
+    assert Path("out/o/\udcb3\udcc7_leftImg8bit_1.bin").exists()
+
+
+def test_results_in_the_current_folder_are_scored(folder, monkeypatch):
+    monkeypatch.chdir("r")
+    assert postprocess.main(["../data", ".", "--json", "../m2.json"]) == 0
+    assert json.loads(Path("../m2.json").read_text()) == json.loads(Path("../m.json").read_text())
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{", '{"model_sha256": []}'])
+def test_a_damaged_summary_or_note_is_no_traceback(folder, content):
+    for name in ("r_summary.json", "r/device0_summary.json"):
+        Path(name).write_text(content)
+    assert postprocess.main(["data", "r"]) == 0
+    assert infer.main([*COMMANDS["infer"][1:]]) == 0
+    Path("out/o_model.json").write_text(content)
+    assert "pass another --output_dirname, or --overwrite" in refusal(*COMMANDS["infer"])
+
+
+def test_a_speed_test_does_not_replace_the_summary_of_results(folder):
+    assert infer.main([*COMMANDS["infer"][1:]]) == 0
+    assert "holds results" in refusal(infer, "--model", "x.onnx", "--output", "out", "--output_dirname", "o")
+
+
+def test_swapped_outputs_are_refused(folder):
+    model = onnx.load("x.onnx")
+    outputs = list(model.graph.output)[::-1]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    onnx.save(model, "swapped.onnx")
+    assert "expected image of 3 x 512 x 1024, and output_0, output_1" in refusal(infer, "--model", "swapped.onnx")
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_one_line(tmp_path):

@@ -213,7 +213,7 @@ def test_without_output_nothing_is_saved_and_without_a_name_the_folder_is_dated(
     ("args", "words"),
     [
         (["--model", "prep/ulm_8_leftImg8bit.bin"], "prep/ulm_8_leftImg8bit.bin: --provider cpu cannot run it: "),
-        (["--model", "one.onnx"], "one.onnx: has image ['batch', 3, 512, 1024], output_0 "),
+        (["--model", "one.onnx"], "one.onnx: has image tensor(float) ['batch', 3, 512, 1024], output_0 "),
         (["--model", "external.onnx"], "external.onnx: has weights in another file; "),
         (["--input", "wrong"], "wrong: 2 of 3 files are not 6291456 bytes: cut.bin, long.bin"),
         pytest.param(["--provider", "azure"], "--provider azure cannot run it: ", marks=pytest.mark.skipif(

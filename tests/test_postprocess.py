@@ -319,6 +319,10 @@ def test_an_expected_miou_passes_up_to_the_bounds_of_the_tolerance(quarter, caps
     assert ("docs/troubleshooting.md" in last) != passed
 
 
+def test_an_expectation_that_is_no_number_is_wrong_usage(quarter):
+    assert "must be finite" in run(SCRIPT, quarter, quarter / "r", "--expect", "nan", status=2).stderr
+
+
 @pytest.mark.parametrize(
     ("predictions", "word"),
     [

@@ -286,6 +286,12 @@ def test_a_float64_that_float32_cannot_hold_is_refused(probe, tmp_path):
     assert refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx").endswith("1 not finite floats (bn1.bias)")
 
 
+def test_weights_that_are_not_finite_once_folded_are_refused(probe, tmp_path):
+    torch.save({**probe, "bn1.running_var": torch.full((64,), -1.0)}, tmp_path / "x.pth")
+    message = refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx", "--skip_verify")
+    assert "negative variance" in message
+
+
 def test_an_older_torch_is_named(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.8.1+cpu")
     assert "torch 1.8.1+cpu is too old" in refusal(pth2onnx, weights, tmp_path / "x.onnx")

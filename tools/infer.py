@@ -85,11 +85,13 @@ def load_model(path: Path, provider: str, device: int, threads: int) -> tuple[on
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise InputError(f"--provider {provider}: onnxruntime took {session.get_providers()[0]} instead")
     values = [*session.get_inputs(), *session.get_outputs()]
-    if [tuple(value.shape[1:]) for value in values] != [IMAGE_SHAPE, *[LOGITS_SHAPE] * OUTPUTS]:
-        found = ", ".join(f"{value.name} {value.shape}" for value in values)
+    found = [(value.name, value.type, tuple(value.shape[1:])) for value in values]
+    expected = {"image": IMAGE_SHAPE, "output_0": LOGITS_SHAPE, "output_1": LOGITS_SHAPE}
+    if found != [(name, "tensor(float)", shape) for name, shape in expected.items()]:
+        described = ", ".join(f"{value.name} {value.type} {value.shape}" for value in values)
         raise InputError(
-            f"{path}: has {found}; expected image of 3 x 512 x 1024, and output_0, output_1 of 19 x 65 x 129; export "
-            "it with intrada_pth2onnx.py"
+            f"{path}: has {described}; expected image of 3 x 512 x 1024, and output_0, output_1 of 19 x 65 x 129, "
+            "float; export it with intrada_pth2onnx.py"
         )
     return session, hashlib.sha256(content).hexdigest()
 
@@ -166,7 +168,7 @@ def digest_inputs(paths: list[Path]) -> str:
     with ThreadPoolExecutor(count_cpus()) as pool:
         digests = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), paths)
         listed = "".join(f"{path.name} {digest}\n" for path, digest in zip(paths, digests))
-    return hashlib.sha256(listed.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(listed)).hexdigest()
 
 
 def write_group(folder: Path, group: list[Path], outputs: list[np.ndarray]) -> None:
@@ -342,6 +344,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     session, model_sha256 = load_model(args.model, args.provider, args.device, args.threads)
     folder = args.output and args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
+    if folder and not args.input and is_there(json_path(folder, "model")):
+        raise InputError(f"{folder}: holds results, whose summary this would replace; pass another --output_dirname")
     inputs = find_inputs(args.input)[RANK::WORLD_SIZE] if args.input else []
     note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
     todo = prepare_folder(folder, inputs, note, args) if folder and args.input else inputs

@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         InputError: it is not what intrada_postprocess.py --json wrote.
     """
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
         rows = [{"frame": str(row["frame"]), "miou": to_float(row["miou"])} for row in metrics["per_frame"]]
         expected = metrics.get("expected")
         averages = "miou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou"
@@ -105,7 +105,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         InputError: it is not what ais_bench or tools/infer.py wrote.
     """
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
         options, provider = read_options(summary["args"]), summary.get("provider")
         times = summary["NPU_compute_time"]
         fps, mean_ms, p99_ms = float(summary["throughput"]), float(times["mean"]), float(times["percentile(99%)"])
