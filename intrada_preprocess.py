@@ -118,9 +118,11 @@ def convert(image: Path, save_dir: Path) -> str | None:
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(to_input(read_image(image)))
+        part.replace(path)
     except InputError as error:
         return str(error)
-    part.replace(path)
+    except OSError as error:  # ends all, as on a full disk
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     return None
 
 
