@@ -27,6 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import numpy as np
 from PIL import Image
 from tqdm.contrib.concurrent import thread_map
@@ -550,10 +553,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
-    """Run a script's main and exit: a mistake of the user is one line on stderr, and Ctrl-C ends a shell's loop too."""
+    """Run a script's main and exit: a mistake of the user is one line on stderr."""
     os.umask(os.umask(0) | umask)  # ais_bench rejects files and folders that others may write
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())

@@ -23,6 +23,9 @@ import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import numpy as np
 from PIL import Image
 from tqdm.contrib.concurrent import thread_map
@@ -189,8 +192,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.umask(os.umask(0) | 0o022)  # ais_bench rejects files and folders that others may write
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())

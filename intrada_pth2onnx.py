@@ -22,6 +22,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import numpy as np
 import onnx
 import torch
@@ -381,8 +384,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.umask(os.umask(0) | 0o022)  # no group or other write
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())

@@ -28,6 +28,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm.contrib.concurrent import thread_map
@@ -89,7 +92,7 @@ def name_targets(output: Path, name: str) -> tuple[Path, Path]:
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Make a folder that is removed at the end, on errors, and on Ctrl-C, which then ends the process as a signal."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by run_script
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set above
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(prefix="segment_") as folder:
