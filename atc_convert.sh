@@ -9,7 +9,7 @@
 #   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode_v2=mixed_float16
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # started as `sh atc_convert.sh`
 set -Eeuo pipefail
-umask 022 # newer ais_bench rejects group-writable models
+umask g-w,o-w # newer ais_bench rejects group-writable models
 
 die() { echo "atc_convert.sh: error: $*" >&2; exit 1; }
 usage() { echo "atc_convert.sh: error: $*; see --help" >&2; exit 2; }

@@ -561,7 +561,9 @@ def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
     except InputError as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from None
     except OSError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error.filename or 'output'}: {error.strerror}") from None
+        raise SystemExit(
+            f"{Path(sys.argv[0]).name}: error: {error.filename or 'output'}: {error.strerror or error}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -198,4 +198,6 @@ if __name__ == "__main__":
     except InputError as error:
         raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
     except OSError as error:
-        raise SystemExit(f"{Path(__file__).name}: error: {error.filename or 'output'}: {error.strerror}") from None
+        raise SystemExit(
+            f"{Path(__file__).name}: error: {error.filename or 'output'}: {error.strerror or error}"
+        ) from None

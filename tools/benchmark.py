@@ -171,10 +171,12 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
 
 def remove_results(output: Path, batch_size: int) -> None:
     """Remove what an earlier run left of a batch size."""
+    endings = ".log", "_metrics.json", "_summary.json", "_model.json", "_speed_summary.json"
+    files = [f"bs{batch_size}{ending}" for ending in endings]
     for path in list_folder(output):
         if path.name in (f"bs{batch_size}", f"bs{batch_size}_speed"):
             shutil.rmtree(str(path))
-        elif path.name.startswith((f"bs{batch_size}_", f"bs{batch_size}.log")):
+        elif path.name in files:
             path.unlink()
 
 
