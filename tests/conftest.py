@@ -43,13 +43,13 @@ def walk(tmp_path_factory) -> Walk:
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{command}\n")
         (tools / name).chmod(0o755)
-    (folder / "cityscapes_easy2hard_intrada_with_norm.pth").symlink_to("cityscapes/tiny_intrada.pth")
+    (folder / "cityscapes_easy2hard_intrada_with_norm.pth").symlink_to("tiny_cityscapes/tiny_intrada.pth")
 
     blocks = read_blocks(*((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tools.md")))
     environment = ascend_environment(FAKE_AIS_BENCH_KNOWN="result_onnx/result_bs1", LD_LIBRARY_PATH="")
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     script = "".join(f"echo '{MARK}'\n{commands}" for commands, _ in blocks)
-    script = script.replace("/data/cityscapes", "cityscapes")
+    script = script.replace("/data/cityscapes", "tiny_cityscapes")
     script = script.replace(
         "_with_norm.pth intraDA_deeplabv2.onnx", "_with_norm.pth intraDA_deeplabv2.onnx --skip_verify"
     )
