@@ -31,7 +31,7 @@ class Walk(NamedTuple):
 def walk(tmp_path_factory) -> Walk:
     """Run README.md and docs/tools.md in a folder with the project's files; an Ascend host's tools are stand-ins.
 
-    pip3 is a stub, make runs with -n, and the quick start's export, the second one, is not verified again.
+    pip3 is a stub, make runs with -n, .venv is empty, and the quick start's export, the second one, is not verified again.
     """
     folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
     scripts = [path for ending in ("py", "sh", "txt") for path in ROOT.glob(f"*.{ending}")]
@@ -43,6 +43,8 @@ def walk(tmp_path_factory) -> Walk:
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{command}\n")
         (tools / name).chmod(0o755)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
     (folder / "cityscapes_easy2hard_intrada_with_norm.pth").symlink_to("tiny_cityscapes/tiny_intrada.pth")
 
     blocks = read_blocks(*((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tools.md")))
