@@ -34,12 +34,11 @@ parse_args() {
   ((${#batch_sizes[@]})) || batch_sizes=(1 4 8 16 32 64)
 }
 
-name_chip() { # Ascend310P3 from 310P3, ascend310p3 and the like
-  if [[ ${1,,} =~ ^(ascend)?([0-9]+[a-z]?[0-9]*)$ ]]; then
-    echo "Ascend${BASH_REMATCH[2]^^}"
-  else
-    echo "Ascend${1#Ascend}"
-  fi
+name_chip() { # Ascend310P3 from 310P3, ascend310p3 and the like; Ascend910ProA stays
+  local name=$1
+  [[ ${name,,} != ascend* ]] || name=${name:6}
+  [[ $name == *[[:upper:]]* ]] || name=${name^^}
+  echo "Ascend$name"
 }
 
 find_chip() { # in npu-smi's table, the row with a number and the name in the first cell and the health in the second
@@ -56,14 +55,15 @@ interrupted() { # leave no .om that is not complete, and end by the signal
 
 main() {
   parse_args "$@"
-  local bs om='' command failed=0 summary=()
+  local bs om='' signal command failed=0 summary=()
   [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
   soc_version=${soc_version:-$(find_chip || true)}
   [[ $soc_version ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
   [[ $dry_run ]] || mkdir -p "$output_dir"
-  trap 'interrupted INT' INT
-  trap 'interrupted TERM' TERM
+  for signal in HUP INT TERM; do
+    trap "interrupted $signal" "$signal"
+  done
   for bs in "${batch_sizes[@]}"; do
     om=$output_dir/$(basename "$onnx" .onnx)_bs$bs.om
     om=${om#./}
@@ -81,7 +81,7 @@ main() {
     fi
     om='' # complete, or gone
   done
-  ((!${#summary[@]})) || printf '%s\n' "${summary[@]}"
+  [[ $dry_run ]] || printf '%s\n' "${summary[@]}"
   return $failed
 }
 

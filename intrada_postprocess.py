@@ -237,7 +237,7 @@ def read_png(path: Path, mode: str) -> Image.Image:
             image = Image.open(file)
             image.load()
             file.seek(24)
-            bits = file.read(1)[0]  # of the header, where every PNG has them
+            bits = file.read(1)[0]  # bit depth, byte 24 of every PNG
     except Exception as error:  # Pillow raises nearly everything
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
@@ -297,7 +297,7 @@ def predict(logits_chw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     candidates = can_win.sum(axis=0) * (heights[:, None] > 0) * (widths > 0)
     most_first = np.argsort(-candidates, axis=None, kind="stable")[: np.count_nonzero(candidates > 1)]
-    row, column = np.unravel_index(most_first, candidates.shape)
+    row, column = np.unravel_index(most_first, candidates.shape)  # of n cells; indexed below: (height, width, n) pixels
     prediction[y[:, None, row], x[:, column]] = find_winners(
         corners[:, :, row, column], can_win[:, row, column], y_weight[:, None, row], x_weight[:, column]
     )
@@ -443,7 +443,7 @@ def summarise(frames: list[Frame], confusions: list[np.ndarray]) -> dict:
 
 
 def summarise_frame(name: str, confusion: np.ndarray) -> dict:
-    """Compute the metrics of one frame; None where it has no pixel with a class, and no such class."""
+    """Compute the metrics of one frame, None where there is nothing to count."""
     return {
         "frame": name,
         "miou": mean_iou(confusion),
@@ -554,7 +554,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
     """Run a script's main and exit: a mistake of the user is one line on stderr."""
-    os.umask(os.umask(0) | umask)  # ais_bench rejects files and folders that others may write
+    os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())

@@ -31,7 +31,7 @@ class Walk(NamedTuple):
 def walk(tmp_path_factory) -> Walk:
     """Run README.md and docs/tools.md in a folder with the project's files; an Ascend host's tools are stand-ins.
 
-    pip3 is a stub, make runs with -n, .venv is empty, and the quick start's export, the second one, is not verified again.
+    pip3 is a stub, make runs with -n, .venv is empty, and the quick start's export, the second, is not verified again.
     """
     folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
     scripts = [path for ending in ("py", "sh", "txt") for path in ROOT.glob(f"*.{ending}")]

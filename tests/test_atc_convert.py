@@ -85,7 +85,7 @@ sleep 60
 """
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("atc", [None, HANDLES_SIGNALS], ids=["dies", "exits_with_1"])
 def test_an_interrupted_conversion_leaves_no_om_and_ends_a_loop_around_it(folder, signal_number, atc):
     environment = ascend_environment(FAKE_ATC_FAIL="4:hang")
@@ -121,7 +121,12 @@ def test_the_chip_is_prefixed_once(folder, option):
 
 @pytest.mark.parametrize(
     ("name", "soc_version"),
-    [("ascend310p3", "Ascend310P3"), ("310p3", "Ascend310P3"), ("Ascend910ProA", "Ascend910ProA")],
+    [
+        ("ascend310p3", "Ascend310P3"),
+        ("310p3", "Ascend310P3"),
+        ("Ascend910ProA", "Ascend910ProA"),
+        ("ascend910_9391", "Ascend910_9391"),
+    ],
 )
 def test_a_chip_means_the_same_in_either_case(folder, name, soc_version):
     assert convert(folder, 1, "--dry_run", "--soc_version", name).stdout == command_for(1, soc_version) + "\n"

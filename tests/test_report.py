@@ -180,7 +180,7 @@ def test_a_published_miou_is_shown_for_500_frames_of_val_only(folder):
     page = make_page(folder, metrics=("val.json", "train.json", "m.json"), frames=False)
     assert page.text.count(f"published: 47.01 %, {100 * read(folder)['miou'] - 47.01:+.2f} points") == 1
     assert page.text.count("published: ") == 1
-    assert "Published figures" in page.text
+    assert "the 500 frames of val: 47.01 %; 47.52 frames/s at batch 1, 43.64 frames/s at batch 4, " in page.text
     assert "Published figures" not in make_page(folder, frames=False).text
 
 
@@ -196,14 +196,11 @@ def test_what_ran_is_read_from_the_summary_of_the_run_s_folder(folder):
     assert "elsewhere/result_bs1, model unknown" in page.text
     assert "secret" not in page.source
     head, *rows = page.tables[0]
-    assert head[-2:] == ["end to end, frames/s", "published on 310P3, frames/s"]
+    assert head[-1] == "end to end, frames/s"
     assert rows == [
-        [OURS, "1", "0.25", "4000.00", "4001.00", "0.24", "-"],
-        ["x_bs4.om, batch 4, Ascend, ais_bench, device 1", "4", "43.64", "91.66", "92.66", "-", "43.64"],
+        [OURS, "1", "0.25", "4000.00", "4001.00", "0.24"],
+        ["x_bs4.om, batch 4, Ascend, ais_bench, device 1", "4", "43.64", "91.66", "92.66", "-"],
     ]
-    page = make_page(folder, "--perf", ours)
-    assert "published on 310P3" not in page.tables[0][0]
-    assert "Published on Ascend 310P3, not comparable with other devices, in frames/s: 47.52 at batch 1," in page.text
 
 
 @pytest.mark.parametrize(
@@ -214,11 +211,11 @@ def test_what_ran_is_read_from_the_summary_of_the_run_s_folder(folder):
         ({"provider": "cann", "device": 3}, "x_bs4.om, batch 4, ONNX Runtime, CANN, device 3"),
     ],
 )
-def test_runs_of_ais_bench_and_of_cann_are_those_of_an_ascend(folder, more, name):
+def test_a_run_is_named_after_its_model_batch_size_and_device(folder, more, name):
     row = make_page(folder, "--perf", add_summary(folder / "result_bs1_summary.json", **more), frames=False).tables[0][
         1
     ]
-    assert (row[0], row[-1]) == (name, "43.64")
+    assert row[0] == name
 
 
 def test_a_summary_belongs_to_the_run_of_its_name_also_after_both_were_copied(folder):
@@ -230,6 +227,7 @@ def test_a_summary_belongs_to_the_run_of_its_name_also_after_both_were_copied(fo
 def test_the_summaries_of_devices_add_up(folder):
     paths = [add_summary(folder / f"result_bs1/device{n}_summary.json", fps=40 + n, mean_ms=90 + n) for n in (0, 1)]
     row = make_page(folder, "--perf", *paths, frames=False).tables[0][1]
+    assert row[0].endswith(" and 1 more")
     assert row[2:5] == ["81.00", "90.50", "92.00"]
 
 
@@ -387,8 +385,9 @@ def test_missing_files_are_counted_and_named(folder):
     (folder / "labels" / f"{FRAMES[2]}_predicted_labelIds.png").unlink()
     (folder / "leftImg8bit" / "val" / "ulm" / f"{FRAMES[4]}_leftImg8bit.png").unlink()
     (folder / "gtFine" / "val" / "ulm" / f"{FRAMES[3]}_gtFine_labelIds.png").unlink()
-    missing = f"image of {FRAMES[4]}, label of {FRAMES[3]}, label map in {folder}/labels of {FRAMES[2]}"
-    assert refusal_with_frames(folder).endswith(f": 3: {missing}")
+    missing = f"image in {folder} of {FRAMES[4]}, label in {folder} of {FRAMES[3]}"
+    missing += f", label map in {folder}/labels of {FRAMES[2]}"
+    assert refusal_with_frames(folder) == f"files missing: 3: {missing}"
 
 
 def test_label_maps_of_another_run_or_size_are_refused(folder):

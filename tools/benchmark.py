@@ -7,7 +7,7 @@
     OUTPUT/bs${bs}_summary.json          what inferred them
     OUTPUT/bs${bs}_metrics.json          metrics, with --data
     OUTPUT/bs${bs}_speed_summary.json    speed alone, --loop runs on zeros
-    OUTPUT/bs${bs}.log                   what the commands printed
+    OUTPUT/bs${bs}.log                   the commands and what they printed on stdout
     OUTPUT/table.md                      the table, also on stdout
 
 Results of an earlier run in OUTPUT are removed first.
@@ -39,7 +39,7 @@ from intrada_postprocess import InputError, at_least_one, find_logits, first_fiv
 BATCH_SIZES = 1, 4, 8, 16, 32, 64
 # Frames/s on 310P3. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
 PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
-COLUMNS = "batch size", "frames", "mIoU %", "frames/s", "mean ms", "p99 ms", "end to end"
+COLUMNS = "batch size", "frames", "mIoU %", "frames/s", "mean ms", "p99 ms", "whole run"
 LAST_LINES = 5  # of a failed command
 
 
@@ -55,13 +55,9 @@ def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[s
 
     ais_bench for an `.om` and tools/infer.py for an `.onnx` take the same options.
     """
-    if is_onnx(args):
-        start = [sys.executable, str(TOOLS / "infer.py"), "--provider", args.provider]
-    else:
-        start = [sys.executable, "-m", "ais_bench"]
-        if "," in args.device and "--divide_input" in read_ais_bench_help():  # or each device would infer all frames
-            start += ["--divide_input", "1"]
-    start += ["--model", model_path(args, batch_size), "--device", args.device, "--batchsize", str(batch_size)]
+    start = [*name_tool(args), "--model", model_path(args, batch_size), "--batchsize", str(batch_size)]
+    if "," in args.device and "--divide_input" in read_help(args):  # or each device would infer all frames
+        start += ["--divide_input", "1"]
     start += ["--output", str(args.output), "--output_dirname"]
     commands = {}
     if args.input:  # first, since it refuses what does not fit
@@ -74,9 +70,25 @@ def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[s
     return commands
 
 
-def read_ais_bench_help() -> str:
-    command = [sys.executable, "-m", "ais_bench", "--help"]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode(errors="replace")
+def name_tool(args: argparse.Namespace) -> list[str]:
+    """Write out the start of the commands that infer."""
+    tool = [str(TOOLS / "infer.py"), "--provider", args.provider] if is_onnx(args) else ["-m", "ais_bench"]
+    return [sys.executable, *tool, "--device", args.device]
+
+
+def read_help(args: argparse.Namespace) -> str:
+    """Read the help of the tool that infers.
+
+    Raises:
+        InputError: it is not there, or refuses --provider or --device.
+    """
+    command = [*name_tool(args), "--help"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = done.stdout.decode(errors="replace").rstrip()
+    if done.returncode or not re.search(r"--model\b", text):  # an unrelated package is called ais_bench too
+        advice = "" if is_onnx(args) else "; docs/ascend.md says how to install ais_bench, the .onnx runs without it"
+        raise InputError(f"{format_command(command)}: {text.splitlines()[-1] if text else 'prints nothing'}{advice}")
+    return text
 
 
 def is_onnx(args: argparse.Namespace) -> bool:
@@ -92,12 +104,12 @@ def format_command(command: list[str]) -> str:
 
 
 def run_command(command: list[str], log: Path) -> float:
-    """Run a command, its output added to a log, its progress on stderr, and return its seconds.
+    """Run a command, what it prints on stdout added to a log, and return its seconds.
 
     Raises:
         StepError: its exit status is not 0; its last lines are shown.
     """
-    print("+", format_command(command), flush=True)
+    print("+", format_command(command), file=sys.stderr, flush=True)
     start = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, env=child_environment())
     seconds = time.perf_counter() - start
@@ -115,7 +127,7 @@ def child_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
-def find_stems(args: argparse.Namespace) -> list[str]:
+def check_inputs(args: argparse.Namespace) -> list[str]:
     """Check that everything needed is there, and list the stems of the input files.
 
     Raises:
@@ -126,18 +138,12 @@ def find_stems(args: argparse.Namespace) -> list[str]:
     if missing:
         maker = "intrada_pth2onnx.py" if is_onnx(args) else "atc_convert.sh"
         raise InputError(f"{first_five(missing)}: no such file; make it with {maker}")
-    if is_onnx(args) and not (TOOLS / "infer.py").is_file():
-        raise InputError(f"{TOOLS}: no infer.py; keep the tools together")
-    if not is_onnx(args) and not re.search(r"--model\b", read_ais_bench_help()):  # an unrelated package has the name
-        raise InputError(
-            f"{sys.executable} has no ais_bench that knows --model; docs/ascend.md says how to install Huawei's; "
-            "without it, the .onnx can be measured"
-        )
     if args.data and not list_folder(Path(args.data, "gtFine")):
         raise InputError(f"{args.data}: nothing in gtFine/; --data is the Cityscapes folder")
     stems = [path.stem for path in list_folder(Path(args.input)) if path.suffix == ".bin"] if args.input else []
     if args.input and not stems:
         raise InputError(f"{args.input}: no .bin; --input is what intrada_preprocess.py wrote")
+    read_help(args)
     return stems
 
 
@@ -157,7 +163,7 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
         if "infer" in commands:
             seconds = run_command(commands["infer"], log)
             check_results(results, stems)
-            row.update({"frames": len(stems), "end to end": len(stems) / seconds})
+            row.update({"frames": len(stems), "whole run": len(stems) / seconds})
         if "score" in commands:
             run_command(commands["score"], log)
             metrics = json.loads((args.output / f"bs{batch_size}_metrics.json").read_text(encoding="utf-8"))
@@ -171,7 +177,7 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
 
 def remove_results(output: Path, batch_size: int) -> None:
     """Remove what an earlier run left of a batch size."""
-    endings = ".log", "_metrics.json", "_summary.json", "_model.json", "_speed_summary.json"
+    endings = ".log", "_metrics.json", "_summary.json", "_model.json", "_speed_summary.json", "_speed_model.json"
     files = [f"bs{batch_size}{ending}" for ending in endings]
     for path in list_folder(output):
         if path.name in (f"bs{batch_size}", f"bs{batch_size}_speed"):
@@ -282,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print("\n".join(format_command(command) for commands in plans.values() for command in commands.values()))
         return 0
-    stems = find_stems(args)
+    stems = check_inputs(args)
     args.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for batch_size, commands in plans.items():

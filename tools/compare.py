@@ -3,7 +3,7 @@
 
     RESULT_DIR/<frame>_<i>.bin     output i, float32 or float16, (19, 65, 129)
     BASELINE_DIR/<frame>_<i>.bin   the same outputs of the same frames
- -> a table on stdout, PASS or FAIL in the last line and in the exit status, and with --json all of it
+ -> a table on stdout, PASS or FAIL in the last line and in the exit status, and with --json a file of the same
 
 The verdict is Huawei's: every frame and output has a cosine similarity of at least 0.99 and a relative Euclidean
 distance of at most 0.05. ais_bench's folders for several devices (device0, device1_1, ...) are read as well.
@@ -65,7 +65,7 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Pa
 def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """Compare two outputs of a frame.
 
-    `cosine` is the cosine similarity; `relative_distance` the Euclidean distance by the baseline's norm;
+    `cosine` is the cosine similarity; `relative_distance` the Euclidean distance divided by the baseline's norm;
     `largest_difference` the largest absolute difference; `agreement` the fraction of the grid points at which the same
     class has the largest logit. Where an output is all zeros, and so has no direction, equal ones have cosine 1 and
     distance 0, others 0 and 1.
@@ -105,9 +105,9 @@ def find_failures(outputs: dict[str, dict]) -> list[str]:
     for output, stats in outputs.items():
         cosine, distance = stats["cosine"], stats["relative_distance"]
         if cosine["worst"] < MIN_COSINE:
-            failures.append(f"output {output}: cosine similarity {cosine['worst']:.6g} at {cosine['worst_frame']}")
+            failures.append(f"output {output}: cosine similarity {cosine['worst']:.8g} at {cosine['worst_frame']}")
         if distance["worst"] > MAX_DISTANCE:
-            failures.append(f"output {output}: relative distance {distance['worst']:.6g} at {distance['worst_frame']}")
+            failures.append(f"output {output}: relative distance {distance['worst']:.8g} at {distance['worst_frame']}")
     return failures
 
 

@@ -325,10 +325,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output_dirname", metavar="NAME", help="folder of the results below --output (default: date and time)")
     add("--batchsize", metavar="N", type=at_least_one, default=1, help="frames per run (default: %(default)s)")
     add("--loop", metavar="N", type=at_least_one, default=1, help="runs of each batch (default: %(default)s)")
-    add("--warmup_count", metavar="N", type=int, help="untimed runs first (default: 1, on cpu 0)")
+    add("--warmup_count", metavar="N", type=int, help="untimed runs first (default: 0 on cpu, otherwise 1)")
     add("--device", metavar="ID", type=int, default=0, help="device of the provider (default: %(default)s)")
     add("--provider", choices=PROVIDERS, default="cpu", help="ONNX Runtime execution provider (default: %(default)s)")
-    cpus = max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cpus = max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if IS_RANK else count_cpus()
     add("--threads", metavar="N", type=at_least_one, default=cpus, help="threads per run (default: one per CPU)")
     add("--overwrite", action="store_true", help="remove the results in the folder and infer every frame again")
     args = parser.parse_args(argv)
@@ -347,12 +347,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     session, model_sha256 = load_model(args.model, args.provider, args.device, args.threads)
-    folder = args.output and args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
-    if folder and not args.input and is_there(json_path(folder, "model")):
-        raise InputError(f"{folder}: holds results, whose summary this would replace; pass another --output_dirname")
-    inputs = find_inputs(args.input)[RANK::WORLD_SIZE] if args.input else []
-    note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
-    todo = prepare_folder(folder, inputs, note, args) if folder and args.input else inputs
+    inputs = todo = find_inputs(args.input)[RANK::WORLD_SIZE] if args.input else []
+    folder, note = None, {}
+    if args.output:
+        folder = args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
+        note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
+        todo = prepare_folder(folder, inputs, note, args)
     groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)] if args.input else [[]]
     summary = {}
     if groups:
@@ -362,7 +362,6 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"out of memory at --batchsize {args.batchsize}; pass a smaller one") from None
         summary = {**summarise(groups, times_ms, elapsed_s, folder, args), **note}
     if groups and folder:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         json_path(folder, "summary").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     print(report(summary, inputs, todo, folder, args))
     return 0

@@ -5,7 +5,7 @@
    --labels DIR/<frame>_predicted_labelIds.png                    a run's label maps, of --save_labels; once per run
    --data DATA_DIR/{leftImg8bit,gtFine}/<split>/<city>/<frame>_*  its images and labels
    --perf SUMMARY.json ...                                        of ais_bench or tools/infer.py
--> one HTML file without script that loads nothing; the same inputs give the same bytes
+-> one self-contained HTML file without scripts; the same inputs give the same bytes
 
 The summary of a run is the --perf file called <name of its RESULT_DIR>_summary.json, or those of several devices,
 <name of its RESULT_DIR>/device0_summary.json, ...; each must be of one of the runs.
@@ -126,7 +126,6 @@ def read_summary(path: Path) -> dict[str, Any]:
             "sha256": str(summary.get("model_sha256", "")),
             "batch_size": batch_size,
             "device": device,
-            "is_ascend": provider in (None, "cann"),
             "versions": ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items()),
             "date": summary.get("date") or time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime)),
             "speed": [fps, mean_ms, p99_ms, to_float(summary.get("end_to_end_throughput"))],
@@ -193,7 +192,8 @@ def merge_devices(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         raise InputError(f"{first_five([str(summary['path']) for summary in summaries])}: several summaries of one run")
     fps, mean_ms, p99_ms, end_to_end = zip(*(summary["speed"] for summary in summaries))
     end_to_end = None if None in end_to_end else sum(end_to_end)
-    return {**first, "speed": [sum(fps), sum(mean_ms) / len(mean_ms), max(p99_ms), end_to_end]}
+    more = {key: f"{first[key]} and {len(others)} more" for key in ("name", "device")}
+    return {**first, **more, "speed": [sum(fps), sum(mean_ms) / len(mean_ms), max(p99_ms), end_to_end]}
 
 
 # ---------------------------------------------------------------------------------------------------- drawing frames
@@ -210,14 +210,14 @@ def find_frames(runs: list[dict[str, Any]], data_dir: Path, labels: list[Path]) 
     """
     split = runs[0]["split"]
     found = {
-        "image": find_in_cities(data_dir / "leftImg8bit" / split, "_leftImg8bit.png"),
-        "label": find_in_cities(data_dir / "gtFine" / split, "_gtFine_labelIds.png"),
+        f"image in {data_dir}": find_in_cities(data_dir / "leftImg8bit" / split, "_leftImg8bit.png"),
+        f"label in {data_dir}": find_in_cities(data_dir / "gtFine" / split, "_gtFine_labelIds.png"),
         **{f"label map in {folder}": find_files(folder, "_predicted_labelIds.png") for folder in labels},
     }
     rows = runs[0]["per_frame"]
     missing = [f"{kind} of {row['frame']}" for row in rows for kind in found if row["frame"] not in found[kind]]
     if missing:
-        raise InputError(f"{data_dir}: files missing: {len(missing)}: {first_five(missing)}")
+        raise InputError(f"files missing: {len(missing)}: {first_five(missing)}")
     paths = [[by_frame[row["frame"]] for by_frame in found.values()] for row in rows]
     return [
         {**row, "image": image, "label": label, "label maps": maps} for row, (image, label, *maps) in zip(rows, paths)

@@ -6,8 +6,9 @@
  -> DIR/<name>_color.png                the prediction in Cityscapes' colors, a palette PNG of the image's size
 
 <name> is the image's name without its suffix, and with it where two images would share a name. The model sees every
-image at 1024 x 512, whatever its shape, and was trained on street scenes: results elsewhere will be poor. A temporary
-folder takes 8 MB per image while this runs; TMPDIR says where.
+image at 1024 x 512, whatever its shape, and was trained on street scenes: results elsewhere will be poor. A file that
+is no image is reported, the others are drawn, and the exit status is 1. A temporary folder takes 8 MB per image while
+this runs; TMPDIR says where.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -32,7 +33,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -68,7 +69,7 @@ def find_images(paths: list[Path], output: Path) -> list[Source]:
     Raises:
         InputError: there are none, two results would have the same name, or a result would overwrite an image.
     """
-    images = [image for path in paths for image in (list_folder(path) if path.is_dir() else [path])]
+    images = [image for path in paths for image in list_folder(path) or [path]]
     images = [image for image in images if not image.is_dir()]
     if not images:
         raise InputError(f"{first_five([str(path) for path in paths])}: no images")
@@ -107,16 +108,17 @@ def for_all(step: Callable[[Source], None], images: list[Source], title: str) ->
 
     def attempt(image: Source) -> str | None:
         try:
-            return step(image)
+            step(image)
         except InputError as error:
             return str(error)
+        return None
 
     errors = thread_map(attempt, images, desc=title, unit="image", disable=None, max_workers=count_cpus())
     return [image for image, error in zip(images, errors) if not error], [error for error in errors if error]
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image as RGB: upright, 16 bits of grey scaled to 8, on white where it is transparent.
+    """Decode an image as RGB: upright, 16-bit gray scaled to 8, on white where it is transparent.
 
     Raises:
         InputError: it cannot be read.
@@ -130,8 +132,6 @@ def read_image(path: Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image") from None
     except Exception as error:  # Pillow raises nearly everything
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
