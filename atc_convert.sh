@@ -20,7 +20,7 @@ parse_args() {
   while (($#)); do
     case $1 in
       -h | --help) sed -n '2,/^\[/{/^\[/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}" && exit ;;
-      --soc_version | --output_dir) (($# > 1)) || usage "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift ;;
+      --soc_version | --output_dir) [[ ${2-} ]] || usage "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift ;;
       --soc_version=?* | --output_dir=?*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
       --dry_run) dry_run=yes ;;
       --) shift; atc_options=("$@"); break ;;
@@ -55,15 +55,17 @@ interrupted() { # leave no .om that is not complete, and end by the signal
 
 main() {
   parse_args "$@"
-  local bs om='' signal command failed=0 summary=()
+  local bs='' om='' command failed=0 summary=()
   [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
   soc_version=${soc_version:-$(find_chip || true)}
   [[ $soc_version ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
-  [[ $dry_run ]] || mkdir -p "$output_dir"
-  for signal in HUP INT TERM; do
-    trap "interrupted $signal" "$signal"
-  done
+  if [[ ! $dry_run ]]; then
+    mkdir -p "$output_dir"
+    trap 'interrupted HUP' HUP
+    trap 'interrupted INT' INT
+    trap 'interrupted TERM' TERM
+  fi
   for bs in "${batch_sizes[@]}"; do
     om=$output_dir/$(basename "$onnx" .onnx)_bs$bs.om
     om=${om#./}

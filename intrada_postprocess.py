@@ -88,7 +88,7 @@ def find_frames(data_dir: Path, split: str, result_dir: Path) -> list[Frame]:
     """Find the label and the main logits of every frame of the split, in the order of the labels' paths.
 
     Raises:
-        InputError: a file is missing, labels and images do not match one to one, or the logits' types are mixed.
+        InputError: a file is missing, or labels and images do not match one to one.
     """
     labels = find_by_frame(data_dir / "gtFine" / split, LABEL_ENDING)
     if not labels:
@@ -111,11 +111,7 @@ def find_frames(data_dir: Path, split: str, result_dir: Path) -> list[Frame]:
     others = sorted(stem for stem in logits.keys() - set(stem_of.values()) if stem.endswith("_1"))
     if others:
         warn(f"{result_dir}: ignored, not of this split: {first_five(others)}")
-    frames = [Frame(frame, label, logits[stem_of[frame]]) for frame, label in labels.items()]
-    halves = [frame.logits.name for frame in frames if frame.logits.stat().st_size == 2 * LOGITS_SIZE]
-    if 0 < len(halves) < len(frames):
-        raise InputError(f"{result_dir}: float16 among float32 logits, or truncated ones: {first_five(halves)}")
-    return frames
+    return [Frame(frame, label, logits[stem_of[frame]]) for frame, label in labels.items()]
 
 
 def find_by_frame(folder: Path, ending: str) -> dict[str, Path]:
@@ -193,7 +189,7 @@ def read_logits(path: Path) -> np.ndarray:
     if len(content) not in (2 * LOGITS_SIZE, 4 * LOGITS_SIZE):
         raise InputError(
             f"{path}: {len(content)} bytes; expected {LOGITS_SHAPE}, float32 ({4 * LOGITS_SIZE} bytes) or float16 "
-            f"({2 * LOGITS_SIZE} bytes); infer this frame again"
+            f"({2 * LOGITS_SIZE} bytes); delete it and infer again"
         )
     logits = np.frombuffer(content, "<f4" if len(content) == 4 * LOGITS_SIZE else "<f2").reshape(LOGITS_SHAPE)
     if not np.isfinite(logits).all():
@@ -308,8 +304,9 @@ def grid_cells(points: int, pixels: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """Map pixels to grid cells with align_corners: the first and last pixel lie on the first and last point.
 
     Returns:
-        (points) int64, the pixels in each cell (the last point's cell is its own); (longest cell, points) int64, which
-        pixels these are, the last one repeated in shorter cells; and float32, their distance from the cell's point.
+        The number of pixels in each cell, (points) int64; the last point has a cell of its own.
+        Which pixels these are, (longest cell, points) int64; shorter cells repeat their last one.
+        Their distance from the cell's point, (longest cell, points) float32, from 0 to 1.
     """
     scale = np.float32(points - 1) / np.float32(pixels - 1) if pixels > 1 else np.float32(0)
     position = scale * np.arange(pixels, dtype=np.float32)

@@ -161,7 +161,8 @@ def load_checkpoint(weights: Path) -> object:
         raise InputError(f"{weights}: truncated; copy or download it again")
     try:
         damaged = find_damage(weights) if is_zip else None
-        checkpoint = None if damaged else torch.load(weights, map_location="cpu", weights_only=True)
+        if not damaged:
+            return torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly everything, and advises to load without weights_only
         other = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if other:
@@ -174,9 +175,7 @@ def load_checkpoint(weights: Path) -> object:
             f"{weights}: not a checkpoint that torch can read: perhaps a web page saved in its place, an incomplete "
             "download, or another format"
         ) from None
-    if damaged:
-        raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
-    return checkpoint
+    raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
 
 
 def find_state_dict(checkpoint: object) -> dict[str, torch.Tensor] | None:
@@ -291,10 +290,10 @@ class Graph:
         return x
 
     def classifier(self, x: str, head: Classifier, output: str) -> None:
-        first, *others = head.conv2d_list
-        logits = self.conv(x, first)
-        for conv in others:
-            logits = self.add("Add", logits, self.conv(x, conv), output=output if conv is others[-1] else None)
+        first, second, third, fourth = head.conv2d_list
+        logits = self.add("Add", self.conv(x, first), self.conv(x, second))
+        logits = self.add("Add", logits, self.conv(x, third))
+        self.add("Add", logits, self.conv(x, fourth), output=output)
 
     def network(self, image: str, network: DeepLabV2) -> None:
         """Add what `DeepLabV2.forward` computes."""

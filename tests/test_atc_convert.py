@@ -132,6 +132,19 @@ def test_a_chip_means_the_same_in_either_case(folder, name, soc_version):
     assert convert(folder, 1, "--dry_run", "--soc_version", name).stdout == command_for(1, soc_version) + "\n"
 
 
+def test_an_interrupted_dry_run_removes_nothing(folder):
+    sizes = [str(size) for size in range(1, 600)]  # more than the pipe takes, from which nobody reads
+    for size in sizes:
+        (folder / f"intraDA_deeplabv2_bs{size}.om").write_text("of an earlier run")
+    command = ["bash", SCRIPT, *sizes, "--dry_run", "--soc_version=310P3"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, start_new_session=True)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    assert len(contents(folder)) == len(sizes)
+
+
 def test_sh_starts_bash(folder):
     command = ["sh", SCRIPT, "1", "--dry_run"]
     done = subprocess.run(command, cwd=folder, env=ascend_environment(), capture_output=True, text=True)
@@ -179,7 +192,9 @@ def test_what_is_missing_is_one_line_with_the_remedy(folder, args, settings, wor
     assert stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("args", [["0"], ["--fast"], ["--soc_version"], ["x.onnx", "y.onnx"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [["0"], ["--fast"], ["--soc_version"], ["--output_dir", ""], ["x.onnx", "y.onnx"]], ids=" ".join
+)
 def test_wrong_usage_exits_2(tmp_path, args):
     stderr = convert(tmp_path, *args, status=2).stderr
     assert stderr.startswith("atc_convert.sh: error: ")

@@ -63,7 +63,7 @@ def test_the_table_of_an_ascend_host(folder):
     assert (one[7:], four[7:]) == (["47.52", ""], ["43.64", "best"])
     assert float(one[6]) > 0
     assert Path("bench/x/table.md").read_text() == done.stdout
-    assert commands_of(done) == benchmark("x", 1, 4, *SCORED, "--dry_run").stdout.splitlines()
+    assert commands_of(done) == benchmark("x", *SCORED, 1, 4, "--dry_run").stdout.splitlines()
     tools = [re.search("ais_bench.* --(input|loop)|intrada_postprocess", command)[0] for command in commands_of(done)]
     assert [tool.split()[-1] for tool in tools] == ["--input", "intrada_postprocess", "--loop"] * 2
     assert {command.split()[0] for command in commands_of(done)} == {sys.executable}
@@ -117,9 +117,7 @@ def test_ais_bench_and_infer_leave_the_same_files(folder):
     for name in NAMES:
         assert Path("ours/r", name).read_bytes() == Path("theirs/r", name).read_bytes()
     ours, theirs = (json.loads(Path(f"{place}/r_summary.json").read_text()) for place in ("ours", "theirs"))
-    assert theirs.keys() <= ours.keys()
     assert theirs["NPU_compute_time"].keys() == ours["NPU_compute_time"].keys()
-    assert ours["filesinfo"] == json.loads(json.dumps(theirs["filesinfo"]).replace("theirs", "ours"))
 
 
 @pytest.mark.parametrize("form", ["old", "newest"])  # newer builds give each device all frames by default
@@ -163,6 +161,13 @@ def test_what_ais_bench_omits_without_a_message_fails_the_row_though_old_results
     done = benchmark("x", 1, *args, status=1, form="old", **settings)
     assert rows_of(done)[0][-1] == "FAILED"
     assert reason in done.stdout.splitlines()[-1]
+
+
+def test_an_ais_bench_that_writes_nothing_fails_each_row_alone(folder):
+    Path("ais_bench.py").write_text("print('--model')")
+    done = run(SCRIPT, "x", 1, 4, "--input", "prep", status=1, env={**os.environ, "PYTHONPATH": "."})
+    assert [row[-1] for row in rows_of(done)] == ["FAILED", "FAILED"]
+    assert done.stdout.splitlines()[-1] == "batch size 4: bench/x/bs4: No such file or directory"
 
 
 def test_ctrl_c_loses_no_row_of_the_markdown(folder):

@@ -86,14 +86,10 @@ def test_the_summary_has_the_figures_and_what_ran_and_the_note_the_digests(image
         "inputs_sha256": hashlib.sha256(listed.encode()).hexdigest(),
     }
     assert note.items() <= summary.items()
-    groups = [["ulm_10", "ulm_8"], ["ulm_9"]]
-    for group, info in zip(groups, summary["filesinfo"].values()):
-        assert info["infiles"] == [f"prep/{frame}_leftImg8bit.bin" for frame in group]
-        assert info["outfiles"] == [str(result_of(frame, i)) for frame in group for i in (0, 1)]
-    times = summary["npu_compute_time_list"]
-    assert len(times) == summary["NPU_compute_time"]["count"] == 2 * 3
-    assert summary["NPU_compute_time"]["mean"] == pytest.approx(np.mean(times))
-    assert summary["throughput"] == pytest.approx(2000 / np.mean(times))
+    times = summary["NPU_compute_time"]
+    assert times["count"] == 2 * 3
+    assert times["min"] <= times["median"] <= times["percentile(99%)"] <= times["max"]
+    assert summary["throughput"] == pytest.approx(2000 / times["mean"])
     assert summary["end_to_end_throughput"] < summary["throughput"]
     assert (summary["batchsize"], summary["device"], Path(summary["model"])) == (2, 0, Path("x.onnx").resolve())
     assert summary["versions"]["onnxruntime"] == onnxruntime.__version__
@@ -126,8 +122,7 @@ def test_only_frames_that_lack_an_output_are_inferred_again(images):
     result_of("ulm_9", 1).write_bytes(b"kept")
     assert "(1 inferred, 2 kept)" in infer()
     assert contents("result/r") == {**before, result_of("ulm_9", 1).name: b"kept"}
-    (group,) = json.loads(SUMMARY.read_text())["filesinfo"].values()
-    assert group["infiles"] == ["prep/ulm_8_leftImg8bit.bin"]
+    assert json.loads(SUMMARY.read_text())["NPU_compute_time"]["count"] == 1
 
 
 def test_a_run_killed_before_its_summary_infers_its_last_group_again(images):
@@ -197,7 +192,6 @@ def test_zeros_are_timed_as_often_as_loop_requires_and_their_logits_are_not_save
         assert sorted(path.name for path in Path("perf").iterdir()) == ["bs4", "bs4_model.json", "bs4_summary.json"]
         summary = json.loads(Path("perf/bs4_summary.json").read_text())
         assert summary["NPU_compute_time"]["count"] == loop
-        assert summary["filesinfo"]["0"]["infiles"] == ["pure_infer_data"]
 
 
 def test_without_output_nothing_is_saved_and_without_a_name_the_folder_is_dated(images):

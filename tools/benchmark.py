@@ -43,10 +43,6 @@ COLUMNS = "batch size", "frames", "mIoU %", "frames/s", "mean ms", "p99 ms", "wh
 LAST_LINES = 5  # of a failed command
 
 
-class StepError(Exception):
-    """Why a batch size has no figures; the other batch sizes still run."""
-
-
 # ---------------------------------------------------------------------------------------------------- the commands
 
 
@@ -56,8 +52,7 @@ def plan_commands(args: argparse.Namespace, batch_size: int) -> dict[str, list[s
     ais_bench for an `.om` and tools/infer.py for an `.onnx` take the same options.
     """
     start = [*name_tool(args), "--model", model_path(args, batch_size), "--batchsize", str(batch_size)]
-    if "," in args.device and "--divide_input" in read_help(args):  # or each device would infer all frames
-        start += ["--divide_input", "1"]
+    start += ["--divide_input", "1"] if args.divide_input else []
     start += ["--output", str(args.output), "--output_dirname"]
     commands = {}
     if args.input:  # first, since it refuses what does not fit
@@ -107,7 +102,7 @@ def run_command(command: list[str], log: Path) -> float:
     """Run a command, what it prints on stdout added to a log, and return its seconds.
 
     Raises:
-        StepError: its exit status is not 0; its last lines are shown.
+        InputError: its exit status is not 0; its last lines are shown.
     """
     print("+", format_command(command), file=sys.stderr, flush=True)
     start = time.perf_counter()
@@ -118,7 +113,7 @@ def run_command(command: list[str], log: Path) -> float:
     if done.returncode:
         sys.stderr.write("\n".join([*done.stdout.decode(errors="replace").splitlines()[-LAST_LINES:], ""]))
         name = command[2] if command[1] == "-m" else Path(command[1]).name
-        raise StepError(f"{name} ended with status {done.returncode}; see its messages above and {log}")
+        raise InputError(f"{name} ended with status {done.returncode}; see its messages above and {log}")
     return seconds
 
 
@@ -170,8 +165,8 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
             row["mIoU %"] = 100 * metrics["miou"]
         run_command(commands["speed"], log)
         row.update(read_speed(args.output / f"bs{batch_size}_speed", devices=len(args.device.split(","))))
-    except StepError as error:
-        row["failure"] = str(error)
+    except (InputError, OSError) as error:  # the other batch sizes still run
+        row["failure"] = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
     return row
 
 
@@ -190,12 +185,12 @@ def check_results(folder: Path, stems: list[str]) -> None:
     """Check that every frame has both outputs; ais_bench's exit status does not show it.
 
     Raises:
-        StepError: counts and names the frames that lack one.
+        InputError: counts and names the frames that lack one.
     """
     found = find_logits(folder)
     missing = [stem for stem in stems if not {f"{stem}_0", f"{stem}_1"} <= found.keys()]
     if missing:
-        raise StepError(f"{len(missing)} of {len(stems)} frames lack an output: {first_five(missing)}")
+        raise InputError(f"{len(missing)} of {len(stems)} frames lack an output: {first_five(missing)}")
 
 
 def find_summaries(folder: Path) -> list[Path]:
@@ -209,11 +204,11 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
     """Read the summaries of a run, one per device; throughputs add up.
 
     Raises:
-        StepError: there are not as many, or one is truncated.
+        InputError: there are not as many, or one is truncated.
     """
     paths = find_summaries(folder)
     if len(paths) != devices:
-        raise StepError(f"summaries of {folder}: {len(paths)}, devices: {devices}; see the messages above")
+        raise InputError(f"summaries of {folder}: {len(paths)}, devices: {devices}; see the messages above")
     try:
         summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         return {
@@ -222,7 +217,7 @@ def read_speed(folder: Path, devices: int) -> dict[str, float]:
             "p99 ms": max(summary["NPU_compute_time"]["percentile(99%)"] for summary in summaries),
         }
     except (ValueError, LookupError, TypeError) as error:
-        raise StepError(f"{first_five(list(map(str, paths)))}: not a complete summary: {error!r}") from None
+        raise InputError(f"{first_five(list(map(str, paths)))}: not a complete summary: {error!r}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
@@ -275,7 +270,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", metavar="ID", default="0", help="device, for ais_bench also several: 0,1 (default: %(default)s)")
     add("--provider", metavar="NAME", default="cpu", help="for an .onnx: tools/infer.py's (default: %(default)s)")
     add("--dry_run", action="store_true", help="print the commands and run none")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # batch sizes may follow the options
     if args.data and not args.input:
         parser.error("--data needs --input")
     args.output = args.output or Path("bench", Path(args.model).name)
@@ -284,6 +279,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    # Or each device would infer all frames; older builds of ais_bench, without the option, divide them.
+    args.divide_input = "," in args.device and (args.dry_run or "--divide_input" in read_help(args))
     plans = {batch_size: plan_commands(args, batch_size) for batch_size in args.batch_sizes}
     if args.dry_run:
         print("\n".join(format_command(command) for commands in plans.values() for command in commands.values()))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Infer with ONNX Runtime on any host, with ais_bench's options, file names and summary.
+"""Infer with ONNX Runtime on any host, with ais_bench's options and file names.
 
     --model X.onnx                        image (batch, 3, 512, 1024) -> two outputs (batch, 19, 65, 129), float32
     --input SAVE_DIR/<stem>.bin           float32, little-endian, (3, 512, 1024), one frame
  -> OUTPUT/DIRNAME/<stem>_<i>.bin         float32, little-endian, output i of the model: (19, 65, 129), 637 260 bytes
-    OUTPUT/DIRNAME_summary.json           times in ms, throughput in frames/s, which file became which, what ran
+    OUTPUT/DIRNAME_summary.json           times in ms, throughput in frames/s, what ran
     OUTPUT/DIRNAME_model.json             what the results belong to: digests of the model and the inputs, provider
 
 The last group is padded to the batch size with its first frame, and the padding's outputs are dropped. Interrupted and
@@ -25,8 +25,6 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -136,7 +134,7 @@ def prepare_folder(folder: Path, inputs: list[Path], note: dict, args: argparse.
     folder.mkdir(parents=True, exist_ok=True)
     note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
     results = [path for path in list_folder(folder) if path.suffix == ".bin"]
-    if results and not args.overwrite:
+    if (results or is_there(summary_path)) and not args.overwrite:
         refuse_other_results(folder, note)
     else:  # in this order, so that at any moment what is there belongs to the note
         for path in (summary_path, *results, note_path):
@@ -169,9 +167,7 @@ def name_targets(folder: Path, path: Path) -> list[Path]:
 
 def digest_inputs(paths: list[Path]) -> str:
     """Compute one SHA-256 over the name and the digest of each file, in order."""
-    with ThreadPoolExecutor(count_cpus()) as pool:
-        digests = pool.map(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), paths)
-        listed = "".join(f"{path.name} {digest}\n" for path, digest in zip(paths, digests))
+    listed = "".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in paths)
     return hashlib.sha256(os.fsencode(listed)).hexdigest()
 
 
@@ -196,16 +192,6 @@ def read_group(group: list[Path], batch: int) -> np.ndarray:
     return images
 
 
-def read_ahead(groups: list[list[Path]], batch: int) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """Yield each group with its images; the next group is read meanwhile."""
-    with ThreadPoolExecutor(1) as reader:
-        reads = [reader.submit(read_group, group, batch) for group in groups[:1]]
-        for n, group in enumerate(groups):
-            images = reads.pop().result()
-            reads = [reader.submit(read_group, following, batch) for following in groups[n + 1 : n + 2]]
-            yield group, images
-
-
 def run_model(session: onnxruntime.InferenceSession, images: np.ndarray) -> tuple[list[np.ndarray], float]:
     """Compute the outputs of a batch, and the milliseconds that this took.
 
@@ -223,71 +209,48 @@ def run_model(session: onnxruntime.InferenceSession, images: np.ndarray) -> tupl
 def infer(
     session: onnxruntime.InferenceSession, groups: list[list[Path]], folder: Path | None, args: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """Infer groups of frames; the next one is read and the last one written while the model runs.
+    """Infer groups of frames and write their outputs, if there is a folder.
 
     Returns:
         The milliseconds of each run of the model, and the seconds from the first read to the last write.
     """
     times_ms = []
     total = args.warmup_count + len(groups) * args.loop
-    with tqdm(total=total, unit="batch", disable=RANK > 0 or None) as bar, ThreadPoolExecutor(1) as writer:
+    with tqdm(total=total, unit="batch", disable=RANK > 0 or None) as bar:
         for _ in range(args.warmup_count):
             run_model(session, read_group([], args.batchsize))
             bar.update()
         start = time.perf_counter()
-        write = None
-        for group, images in read_ahead(groups, args.batchsize):
+        for group in groups:
+            images = read_group(group, args.batchsize)
             for _ in range(args.loop):
                 outputs, milliseconds = run_model(session, images)
                 times_ms.append(milliseconds)
                 bar.update()
-            if write:
-                write.result()
             if folder:
-                write = writer.submit(write_group, folder, group, outputs)
-        if write:
-            write.result()
+                write_group(folder, group, outputs)
         return times_ms, time.perf_counter() - start
 
 
-def describe_times(times_ms: list[float]) -> dict[str, float]:
-    """Summarise times as ais_bench does."""
-    return {
-        "min": float(np.min(times_ms)),
-        "max": float(np.max(times_ms)),
-        "mean": float(np.mean(times_ms)),
-        "median": float(np.median(times_ms)),
-        "percentile(99%)": float(np.percentile(times_ms, 99)),
-        "count": len(times_ms),
-    }
-
-
-def summarise(
-    groups: list[list[Path]], times_ms: list[float], elapsed_s: float, folder: Path | None, args: argparse.Namespace
-) -> dict:
-    """Make ais_bench's summary of what was just inferred, and add what ran.
+def summarise(groups: list[list[Path]], times_ms: list[float], elapsed_s: float, args: argparse.Namespace) -> dict:
+    """Make a summary of what was just inferred, with ais_bench's keys for times and throughput, and what ran.
 
     `throughput` counts `session.run` alone, padding included; `end_to_end_throughput` counts frames from the first read
-    to the last write. ONNX Runtime moves the data to a device and back within `session.run`, so both latencies are 0.
+    to the last write.
     """
     frames = args.loop * (sum(map(len, groups)) or args.batchsize)
-    filesinfo = {
-        str(n): {
-            "infiles": [str(path) for path in group] or ["pure_infer_data"],
-            "outfiles": [str(target) for path in group if folder for target in name_targets(folder, path)],
-        }
-        for n, group in enumerate(groups)
-    }
     return {
-        "filesinfo": filesinfo,
         "args": sys.argv,
-        "NPU_compute_time": describe_times(times_ms),
-        "H2D_latency": describe_times([0.0] * len(times_ms)),
-        "D2H_latency": describe_times([0.0] * len(times_ms)),
-        "npu_compute_time_list": times_ms,
+        "NPU_compute_time": {
+            "min": float(np.min(times_ms)),
+            "max": float(np.max(times_ms)),
+            "mean": float(np.mean(times_ms)),
+            "median": float(np.median(times_ms)),
+            "percentile(99%)": float(np.percentile(times_ms, 99)),
+            "count": len(times_ms),
+        },
         "throughput": 1000 * args.batchsize / float(np.mean(times_ms)),
         "end_to_end_throughput": frames / elapsed_s,
-        "pid": os.getpid(),
         "model": str(args.model.resolve()),
         "batchsize": args.batchsize,
         "device": args.device,
@@ -300,7 +263,9 @@ def summarise(
     }
 
 
-def report(summary: dict, inputs: list[Path], todo: list[Path], folder: Path | None, args: argparse.Namespace) -> str:
+def describe_run(
+    summary: dict, inputs: list[Path], todo: list[Path], folder: Path | None, args: argparse.Namespace
+) -> str:
     """Describe in one line what was done, how fast, and where the results are."""
     line = f"rank {RANK} of {WORLD_SIZE}: " if IS_RANK else ""
     line += f"provider {args.provider}, "
@@ -353,17 +318,18 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
         note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
         todo = prepare_folder(folder, inputs, note, args)
-    groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)] if args.input else [[]]
+    groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)]
+    groups = groups if args.input else [[]]  # no frames, for which read_group makes zeros
     summary = {}
     if groups:
         try:
             times_ms, elapsed_s = infer(session, groups, folder, args)
         except MemoryError:
             raise InputError(f"out of memory at --batchsize {args.batchsize}; pass a smaller one") from None
-        summary = {**summarise(groups, times_ms, elapsed_s, folder, args), **note}
-    if groups and folder:
-        json_path(folder, "summary").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    print(report(summary, inputs, todo, folder, args))
+        summary = {**summarise(groups, times_ms, elapsed_s, args), **note}
+        if folder:
+            json_path(folder, "summary").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print(describe_run(summary, inputs, todo, folder, args))
     return 0
 
 
