@@ -231,6 +231,12 @@ def test_the_summaries_of_devices_add_up(folder):
     assert row[2:5] == ["81.00", "90.50", "92.00"]
 
 
+def test_a_device_s_folder_scored_by_itself_has_its_own_summary(folder):
+    change(folder, "m.json", result_dir=str(folder / "result_bs1/device0"))
+    path = add_summary(folder / "result_bs1/device0_summary.json", fps=40, mean_ms=90)
+    assert make_page(folder, "--perf", path, frames=False).tables[0][1][2] == "40.00"
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -36,11 +36,11 @@ MIN_COSINE, MAX_DISTANCE = 0.99, 0.05
 WORST = {"cosine": min, "relative_distance": max, "largest_difference": max, "agreement": min}
 
 
-def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Path]]:
+def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[tuple[str, str], tuple[Path, Path]]:
     """Pair the files of both folders by name.
 
     Returns:
-        Both files of each `<frame>_<output>`, sorted by name.
+        Both files of each frame and output, sorted by name.
 
     Raises:
         InputError: it is the same folder, there are no files, a file is missing from one of them, or a frame lacks an
@@ -55,11 +55,12 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[str, tuple[Path, Pa
     for folder, extra in ((result_dir, results.keys() - baselines), (baseline_dir, baselines.keys() - results)):
         if extra:
             raise InputError(f"only {folder} has {len(extra)} of the results: {first_five(sorted(extra))}")
-    frames, outputs = ({name.rpartition("_")[n] for name in results} for n in (0, 2))
+    pairs = {tuple(name.rsplit("_", 1)): (results[name], baselines[name]) for name in sorted(results)}
+    frames, outputs = map(set, zip(*pairs))
     missing = {f"{frame}_{output}" for frame in frames for output in outputs} - results.keys()
     if missing:
         raise InputError(f"both folders lack {len(missing)} of the results: {first_five(sorted(missing))}")
-    return {name: (results[name], baselines[name]) for name in sorted(results)}
+    return pairs
 
 
 def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
@@ -85,14 +86,13 @@ def measure(result: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     }
 
 
-def summarise(measured: dict[str, dict[str, float]]) -> dict[str, dict]:
+def summarise(measured: dict[tuple[str, str], dict[str, float]]) -> dict[str, dict]:
     """Find the worst frame and the mean of every measure, output by output."""
     outputs: dict[str, dict] = {}
-    for output in sorted({name.rpartition("_")[2] for name in measured}, key=int):
-        frames = [name for name in measured if name.rpartition("_")[2] == output]
+    for output in sorted({output for _, output in measured}, key=int):
         outputs[output] = {}
         for key, find_worst in WORST.items():
-            values = {name.rpartition("_")[0]: measured[name][key] for name in frames}
+            values = {frame: measures[key] for (frame, of), measures in measured.items() if of == output}
             worst = find_worst(values, key=values.__getitem__)
             mean = float(np.mean(list(values.values())))
             outputs[output][key] = {"worst": values[worst], "mean": mean, "worst_frame": worst}
@@ -135,10 +135,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     pairs = find_pairs(args.result_dir, args.baseline_dir)
     progress = tqdm(pairs.items(), unit="file", disable=None)  # shown if stderr is a terminal
-    measured = {name: measure(*map(read_logits, paths)) for name, paths in progress}
+    measured = {frame_and_output: measure(*map(read_logits, paths)) for frame_and_output, paths in progress}
     outputs = summarise(measured)
     failures = find_failures(outputs)
-    frames = len({name.rpartition("_")[0] for name in pairs})
+    frames = len({frame for frame, _ in pairs})
     if args.json:  # before printing, which a closed pipe ends
         folders = {"result_dir": str(args.result_dir), "baseline_dir": str(args.baseline_dir)}
         comparison = {**folders, "frames": frames, "outputs": outputs, "passed": not failures}

@@ -39,11 +39,14 @@ from tqdm.contrib.concurrent import thread_map
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from intrada_postprocess import (
     CLASSES,
+    IMAGE_ENDING,
+    LABEL_ENDING,
     LABEL_IDS,
     NAMES,
     InputError,
     count_cpus,
     count_pixels,
+    find_by_frame,
     first_five,
     list_folder,
     mean_iou,
@@ -169,8 +172,10 @@ def find_run(runs: list[dict[str, Any]], summary: dict[str, Any]) -> int:
         InputError: there is none, or several that only their paths could tell apart.
     """
     path = summary["path"].resolve()
-    folder = path.parent if summary["is_device"] else path.parent / re.sub(r"_summary\.json$", "", path.name)
+    folder = path.with_name(re.sub(r"_summary\.json$", "", path.name))
     paths = [Path(run["result_dir"]).resolve() for run in runs]
+    if summary["is_device"] and folder not in paths:  # unless a device's folder was scored by itself
+        folder = folder.parent
     found = [n for n, result_dir in enumerate(paths) if result_dir == folder]
     found = found or [n for n, result_dir in enumerate(paths) if result_dir.name == folder.name]
     if len(found) != 1:
@@ -210,9 +215,9 @@ def find_frames(runs: list[dict[str, Any]], data_dir: Path, labels: list[Path]) 
     """
     split = runs[0]["split"]
     found = {
-        f"image in {data_dir}": find_in_cities(data_dir / "leftImg8bit" / split, "_leftImg8bit.png"),
-        f"label in {data_dir}": find_in_cities(data_dir / "gtFine" / split, "_gtFine_labelIds.png"),
-        **{f"label map in {folder}": find_files(folder, "_predicted_labelIds.png") for folder in labels},
+        f"image in {data_dir}": find_by_frame(data_dir / "leftImg8bit" / split, IMAGE_ENDING),
+        f"label in {data_dir}": find_by_frame(data_dir / "gtFine" / split, LABEL_ENDING),
+        **{f"label map in {folder}": find_label_maps(folder) for folder in labels},
     }
     rows = runs[0]["per_frame"]
     missing = [f"{kind} of {row['frame']}" for row in rows for kind in found if row["frame"] not in found[kind]]
@@ -224,13 +229,9 @@ def find_frames(runs: list[dict[str, Any]], data_dir: Path, labels: list[Path]) 
     ]
 
 
-def find_in_cities(folder: Path, ending: str) -> dict[str, Path]:
-    """Find `<city>/<frame><ending>` by frame."""
-    return {name: path for city in list_folder(folder) for name, path in find_files(city, ending).items()}
-
-
-def find_files(folder: Path, ending: str) -> dict[str, Path]:
-    """Find `<frame><ending>` by frame."""
+def find_label_maps(folder: Path) -> dict[str, Path]:
+    """Find `<frame>_predicted_labelIds.png` by frame."""
+    ending = "_predicted_labelIds.png"
     return {path.name[: -len(ending)]: path for path in list_folder(folder) if path.name.endswith(ending)}
 
 

@@ -232,8 +232,8 @@ def main(argv: list[str] | None = None) -> int:
             infer(readable, folder, args)
         drawn, more_errors = for_all(functools.partial(draw, folder=folder, output=args.output), readable, "draw")
     print(f"overlays written to {args.output}: {len(drawn)}")
-    if errors or more_errors:
-        errors += more_errors
+    errors += more_errors
+    if errors:
         raise InputError(f"{len(errors)} of {len(images)} images cannot be segmented: {first_five(errors, '; ')}")
     return 0
 
