@@ -88,7 +88,7 @@ def find_frames(data_dir: Path, split: str, result_dir: Path) -> list[Frame]:
     """Find the label and the main logits of every frame of the split, in the order of the labels' paths.
 
     Raises:
-        InputError: a file is missing, or labels and images do not match one to one.
+        InputError: a file is missing, labels and images do not match one to one, or the logits' types are mixed.
     """
     labels = find_by_frame(data_dir / "gtFine" / split, LABEL_ENDING)
     if not labels:
@@ -111,7 +111,11 @@ def find_frames(data_dir: Path, split: str, result_dir: Path) -> list[Frame]:
     others = sorted(stem for stem in logits.keys() - set(stem_of.values()) if stem.endswith("_1"))
     if others:
         warn(f"{result_dir}: ignored, not of this split: {first_five(others)}")
-    return [Frame(frame, label, logits[stem_of[frame]]) for frame, label in labels.items()]
+    frames = [Frame(frame, label, logits[stem_of[frame]]) for frame, label in labels.items()]
+    halves = [frame.logits.name for frame in frames if frame.logits.stat().st_size == 2 * LOGITS_SIZE]
+    if 0 < len(halves) < len(frames):  # half of float32 logits that were rounded to float16 is finite as float16
+        raise InputError(f"{result_dir}: float16 among float32 logits, or truncated ones: {first_five(halves)}")
+    return frames
 
 
 def find_by_frame(folder: Path, ending: str) -> dict[str, Path]:

@@ -185,7 +185,6 @@ def test_ctrl_c_loses_no_row_of_the_markdown(folder):
         (["x.onnx", 1, "--input", "prep", "--data", "prep"], "prep/gtFine: No such file"),
         (["x.onnx", 1, "--input", "data"], "data: no .bin"),
         (["x.onnx", 1, "--provider", "cdua"], "argument --provider: invalid choice: 'cdua'"),
-        (["x.onnx", 1, "--device", "0,1"], "argument --device: invalid int value: '0,1'"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_runs(folder, args, words):
@@ -200,7 +199,16 @@ def test_a_missing_ais_bench_is_one_line_and_so_is_the_unrelated_package_of_that
     assert "usage: ais_bench [--models MODELS]; docs/ascend.md says how" in message
 
 
-def test_scoring_without_frames_is_wrong_usage(capsys):
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [("x --data data", "--data needs --input"), ("x.onnx --device 0,1 --dry_run", "several devices need an .om")],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(args, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        tool.main(["x", "--data", "data"])
-    assert "--data needs --input" in capsys.readouterr().err
+        tool.main(args.split())
+    assert message in capsys.readouterr().err
+
+
+def test_the_frames_are_divided_among_devices_also_in_a_dry_run(capsys):
+    tool.main(["x", "1", "--device", "0,1", "--dry_run"])
+    assert "--divide_input 1" in capsys.readouterr().out

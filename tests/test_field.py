@@ -292,9 +292,11 @@ def test_a_damaged_summary_or_note_is_no_traceback(folder, content):
 
 def test_a_speed_test_does_not_replace_the_summary_of_results(folder):
     assert infer.main([*COMMANDS["infer"][1:]]) == 0
-    Path("out/a_summary.json").write_text('{"throughput": 1}')  # ais_bench's, of zeros
-    for name in ("o", "a"):
-        assert "holds results" in refusal(infer, "--model", "x.onnx", "--output", "out", "--output_dirname", name)
+    before = {path: path.read_bytes() for path in Path("out").glob("**/*.*")}
+    for more in ((), ("--overwrite",)):
+        message = refusal(infer, "--model", "x.onnx", "--output", "out", "--output_dirname", "o", *more)
+        assert message == "out/o: results, whose summary this would replace; pass another --output_dirname"
+    assert {path: path.read_bytes() for path in Path("out").glob("**/*.*")} == before
 
 
 def test_swapped_outputs_are_refused(folder):

@@ -380,6 +380,16 @@ def test_labels_and_images_that_do_not_match_are_counted_and_five_are_named(tmp_
     assert [f"ulm_000000_{n:06}" in message for n in range(7)] == [False, True, True, True, True, True, False]
 
 
+def test_float16_among_float32_logits_is_refused_as_truncated(tmp_path):
+    for n in range(2):
+        add_frame(tmp_path, f"ulm_000000_{n:06}", np.zeros((65, 129), int), np.zeros((65, 129), int))
+    path = tmp_path / "r" / "ulm_000000_000001_leftImg8bit_1.bin"
+    logits = np.random.default_rng(0).normal(0, 5, (19, 65, 129)).astype("<f2")  # computed in float16, saved in float32
+    path.write_bytes(logits.astype("<f4").tobytes()[: logits.nbytes])
+    assert np.isfinite(np.fromfile(path, "<f2")).all()  # the check of NaN and Inf does not find it
+    assert refusal(postprocess, tmp_path, tmp_path / "r").endswith(f": {path.name}")
+
+
 def test_an_empty_image_folder_matches_no_label(quarter):
     (quarter / "leftImg8bit" / "val").mkdir(parents=True)
     assert refusal(postprocess, quarter, quarter / "r").endswith(f"only one of image and label: {FRAME}")

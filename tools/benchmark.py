@@ -138,7 +138,6 @@ def check_inputs(args: argparse.Namespace) -> list[str]:
     stems = [path.stem for path in list_folder(Path(args.input)) if path.suffix == ".bin"] if args.input else []
     if args.input and not stems:
         raise InputError(f"{args.input}: no .bin; --input is what intrada_preprocess.py wrote")
-    read_help(args)
     return stems
 
 
@@ -166,13 +165,15 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
         run_command(commands["speed"], log)
         row.update(read_speed(args.output / f"bs{batch_size}_speed", devices=len(args.device.split(","))))
     except (InputError, OSError) as error:  # the other batch sizes still run
-        row["failure"] = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        row["failure"] = (
+            f"{error.filename or args.output}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        )
     return row
 
 
 def remove_results(output: Path, batch_size: int) -> None:
     """Remove what an earlier run left of a batch size."""
-    endings = ".log", "_metrics.json", "_summary.json", "_model.json", "_speed_summary.json", "_speed_model.json"
+    endings = ".log", "_metrics.json", "_summary.json", "_model.json", "_speed_summary.json"
     files = [f"bs{batch_size}{ending}" for ending in endings]
     for path in list_folder(output):
         if path.name in (f"bs{batch_size}", f"bs{batch_size}_speed"):
@@ -273,19 +274,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)  # batch sizes may follow the options
     if args.data and not args.input:
         parser.error("--data needs --input")
+    if is_onnx(args) and "," in args.device:
+        parser.error("several devices need an .om")
     args.output = args.output or Path("bench", Path(args.model).name)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    stems = [] if args.dry_run else check_inputs(args)
     # Or each device would infer all frames; older builds of ais_bench, without the option, divide them.
-    args.divide_input = "," in args.device and (args.dry_run or "--divide_input" in read_help(args))
+    tool_help = "--divide_input" if args.dry_run else read_help(args)
+    args.divide_input = "," in args.device and "--divide_input" in tool_help
     plans = {batch_size: plan_commands(args, batch_size) for batch_size in args.batch_sizes}
     if args.dry_run:
         print("\n".join(format_command(command) for commands in plans.values() for command in commands.values()))
         return 0
-    stems = check_inputs(args)
     args.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for batch_size, commands in plans.items():

@@ -134,7 +134,7 @@ def prepare_folder(folder: Path, inputs: list[Path], note: dict, args: argparse.
     folder.mkdir(parents=True, exist_ok=True)
     note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
     results = [path for path in list_folder(folder) if path.suffix == ".bin"]
-    if (results or is_there(summary_path)) and not args.overwrite:
+    if results and not args.overwrite:
         refuse_other_results(folder, note)
     else:  # in this order, so that at any moment what is there belongs to the note
         for path in (summary_path, *results, note_path):
@@ -281,7 +281,7 @@ def describe_run(
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Infer with ONNX Runtime on any host, with ais_bench's options, file names and summary."
+        description="Infer with ONNX Runtime on any host, with ais_bench's options and file names."
     )
     add = parser.add_argument
     add("--model", metavar="ONNX", type=Path, required=True, help="model written by intrada_pth2onnx.py")
@@ -317,7 +317,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         folder = args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
         note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
-        todo = prepare_folder(folder, inputs, note, args)
+        if args.input:
+            todo = prepare_folder(folder, inputs, note, args)
+        elif is_there(folder):
+            raise InputError(f"{folder}: results, whose summary this would replace; pass another --output_dirname")
+        else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
     groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)]
     groups = groups if args.input else [[]]  # no frames, for which read_group makes zeros
     summary = {}

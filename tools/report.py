@@ -172,10 +172,10 @@ def find_run(runs: list[dict[str, Any]], summary: dict[str, Any]) -> int:
         InputError: there is none, or several that only their paths could tell apart.
     """
     path = summary["path"].resolve()
-    folder = path.with_name(re.sub(r"_summary\.json$", "", path.name))
+    folder = path.parent / re.sub(r"_summary\.json$", "", path.name)
     paths = [Path(run["result_dir"]).resolve() for run in runs]
-    if summary["is_device"] and folder not in paths:  # unless a device's folder was scored by itself
-        folder = folder.parent
+    if summary["is_device"] and (path.parent in paths or folder not in paths):  # or a device was scored by itself
+        folder = path.parent
     found = [n for n, result_dir in enumerate(paths) if result_dir == folder]
     found = found or [n for n, result_dir in enumerate(paths) if result_dir.name == folder.name]
     if len(found) != 1:

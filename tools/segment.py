@@ -7,8 +7,8 @@
 
 <name> is the image's name without its suffix, and with it where two images would share a name. The model sees every
 image at 1024 x 512, whatever its shape, and was trained on street scenes: results elsewhere will be poor. A file that
-is no image is reported, the others are drawn, and the exit status is 1. A temporary folder takes 8 MB per image while
-this runs; TMPDIR says where.
+is no image is reported, the others are drawn, and the exit status is 1; a path that is missing ends it at once. A
+temporary folder takes 8 MB per image while this runs; TMPDIR says where.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
