@@ -20,7 +20,9 @@ parse_args() {
   while (($#)); do
     case $1 in
       -h | --help) sed -n '2,/^\[/{/^\[/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}" && exit ;;
-      --soc_version | --output_dir) [[ ${2-} && $2 != --* ]] || usage "$1 needs a value"; printf -v "${1#--}" %s "$2"; shift ;;
+      --soc_version | --output_dir)
+        [[ ${2-} && $2 != --* ]] || usage "$1 needs a value"
+        printf -v "${1#--}" %s "$2"; shift ;;
       --soc_version=?* | --output_dir=?*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
       --dry_run) dry_run=yes ;;
       --) shift; atc_options=("$@"); break ;;

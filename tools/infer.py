@@ -123,7 +123,7 @@ def find_inputs(folder: Path) -> list[Path]:
 
 
 def prepare_folder(folder: Path, inputs: list[Path], note: dict, args: argparse.Namespace) -> list[Path]:
-    """Make the folder and note what its results belong to.
+    """Make the folder and note what its results belong to; a run on zeros has a summary beside it and no folder.
 
     Returns:
         The inputs whose results are missing; if only the summary is, the last group.
@@ -131,6 +131,11 @@ def prepare_folder(folder: Path, inputs: list[Path], note: dict, args: argparse.
     Raises:
         InputError: there are results of another model, provider or input, or of ais_bench, and no --overwrite.
     """
+    if not args.input:
+        if is_there(folder):
+            raise InputError(f"{folder}: results, whose summary this would replace; pass another --output_dirname")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
     results = [path for path in list_folder(folder) if path.suffix == ".bin"]
@@ -185,7 +190,10 @@ def write_group(folder: Path, group: list[Path], outputs: list[np.ndarray]) -> N
 
 def read_group(group: list[Path], batch: int) -> np.ndarray:
     """Read up to `batch` frames, (batch, 3, 512, 1024) float32; the rest repeats the first, and no frames are zeros."""
-    images = np.zeros((batch, *IMAGE_SHAPE), np.float32)
+    try:
+        images = np.zeros((batch, *IMAGE_SHAPE), np.float32)
+    except MemoryError:
+        raise InputError(f"out of memory at --batchsize {batch}; pass a smaller one") from None
     for image, path in zip(images, group):
         image[:] = np.fromfile(str(path), "<f4").reshape(IMAGE_SHAPE)
     images[len(group) :] = images[0]
@@ -313,24 +321,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     session, model_sha256 = load_model(args.model, args.provider, args.device, args.threads)
     inputs = todo = find_inputs(args.input)[RANK::WORLD_SIZE] if args.input else []
-    folder, note = None, {}
-    if args.output:
-        folder = args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
+    folder = args.output and args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
+    note = {}
+    if folder:
         note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
-        if args.input:
-            todo = prepare_folder(folder, inputs, note, args)
-        elif is_there(folder):
-            raise InputError(f"{folder}: results, whose summary this would replace; pass another --output_dirname")
-        else:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+        todo = prepare_folder(folder, inputs, note, args)
     groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)]
     groups = groups if args.input else [[]]  # no frames, for which read_group makes zeros
     summary = {}
     if groups:
-        try:
-            times_ms, elapsed_s = infer(session, groups, folder, args)
-        except MemoryError:
-            raise InputError(f"out of memory at --batchsize {args.batchsize}; pass a smaller one") from None
+        times_ms, elapsed_s = infer(session, groups, folder, args)
         summary = {**summarise(groups, times_ms, elapsed_s, args), **note}
         if folder:
             json_path(folder, "summary").write_text(json.dumps(summary, indent=1), encoding="utf-8")

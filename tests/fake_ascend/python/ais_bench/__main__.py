@@ -143,7 +143,7 @@ def main() -> None:
     for n, device in enumerate(devices):
         if device == os.environ.get("FAKE_AIS_BENCH_DEAD"):
             continue
-        # several devices share the frames, in newer builds only if they are told to
+        # several devices split the frames, in newer builds only if they are told to
         share = inputs[n * len(inputs) // len(devices) : (n + 1) * len(inputs) // len(devices)]
         share = inputs if FORM >= NEW and not args.divide_input else share
         groups = group_inputs(share, model_bytes) if share else [[]]
