@@ -16,19 +16,20 @@ folders of several devices (RESULT_DIR/device0, device1_1, ...) are read as well
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import argparse
 import functools
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
 
 import numpy as np
 from PIL import Image

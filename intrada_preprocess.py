@@ -15,16 +15,17 @@ A `.bin` holds float32, little-endian, C order, shape (3, 512, 1024): blue, gree
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import argparse
 import ctypes
 import functools
 import os
-import signal
 import sys
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
 
 import numpy as np
 from PIL import Image

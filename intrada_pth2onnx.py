@@ -14,16 +14,17 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
 import signal
-import sys
-import zipfile
-from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
+import argparse
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx

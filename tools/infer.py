@@ -17,18 +17,19 @@ of n takes every n-th frame and writes to OUTPUT/DIRNAME/device<r>.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import argparse
 import hashlib
 import json
 import os
 import platform
-import signal
 import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and later report to Microsoft otherwise
 

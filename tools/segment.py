@@ -16,11 +16,15 @@ temporary folder takes 8 MB per image while this runs; TMPDIR says where.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
+
 import argparse
 import contextlib
 import functools
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,9 +32,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
