@@ -16,16 +16,12 @@ folders of several devices (RESULT_DIR/device0, device1_1, ...) are read as well
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
 import functools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +64,7 @@ CATEGORIES = list(dict.fromkeys(category for _, _, category, _ in CLASSES))
 CATEGORY_OF = np.array([CATEGORIES.index(category) for _, _, category, _ in CLASSES])
 PALETTE = bytes.fromhex("".join(color[1:] for _, _, _, color in CLASSES))
 LARGEST_LABEL_ID = 34
+ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class InputError(Exception):
@@ -554,8 +551,22 @@ def main(argv: list[str] | None = None) -> int:
     return int("expected" in metrics and not metrics["expected"]["passed"])
 
 
-def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
-    """Run a script's main and exit: a mistake of the user is one line on stderr."""
+def run_script(main: Callable[[], int], umask: int = 0o022, unwind: bool = False) -> None:
+    """Run a script's main and exit: a mistake of the user is one line on stderr, a signal ends it at once.
+
+    With `unwind` a signal is raised as KeyboardInterrupt first, which ends child processes and removes temporary files.
+    """
+    received = []
+
+    def interrupt(number: int, _: object) -> None:
+        for ending in ENDING_SIGNALS:
+            signal.signal(ending, signal.SIG_IGN)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in ENDING_SIGNALS if unwind else (signal.SIGINT,):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background set it
+            signal.signal(number, interrupt if unwind else signal.SIG_DFL)
     os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
@@ -566,6 +577,9 @@ def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
         raise SystemExit(
             f"{Path(sys.argv[0]).name}: error: {error.filename or 'output'}: {error.strerror or error}"
         ) from None
+    except KeyboardInterrupt:
+        signal.signal(received[0], signal.SIG_DFL)
+        os.kill(os.getpid(), received[0])
 
 
 if __name__ == "__main__":

@@ -15,15 +15,11 @@ A `.bin` holds float32, little-endian, C order, shape (3, 512, 1024): blue, gree
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
 import ctypes
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -192,6 +188,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
     os.umask(os.umask(0) | 0o022)  # ais_bench rejects group- or world-writable files
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:

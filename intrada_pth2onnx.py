@@ -14,14 +14,10 @@
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
 import os
 import re
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -387,6 +383,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
     os.umask(os.umask(0) | 0o022)  # no group or other write
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:

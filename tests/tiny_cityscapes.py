@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -447,7 +446,7 @@ def main(argv: list[str] | None = None) -> int:
 
     part = args.out / f"{CHECKPOINT}.part"
     torch.save(dict(network.state_dict()), part)
-    os.replace(part, args.out / CHECKPOINT)
+    part.replace(args.out / CHECKPOINT)
     print(f"{args.out}: {len(canvases)} frames, {NUM_CLASSES} classes, checkpoint {CHECKPOINT}")
     return 0
 

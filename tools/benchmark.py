@@ -17,11 +17,6 @@ Results of an earlier run in OUTPUT are removed first.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
 import json
 import os
@@ -302,4 +297,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, umask=0o027)  # the newest ais_bench rejects an output folder more open than 0750
+    run_script(main, umask=0o027, unwind=True)  # the newest ais_bench rejects an output folder more open than 0750

@@ -14,11 +14,6 @@ distance of at most 0.05. ais_bench's folders for several devices (device0, devi
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
 import json
 import sys

@@ -17,11 +17,6 @@ of n takes every n-th frame and writes to OUTPUT/DIRNAME/device<r>.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
 import hashlib
 import json

@@ -16,11 +16,6 @@ The summary of a run is the --perf file called <name of its RESULT_DIR>_summary.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
 import base64
 import io

@@ -16,20 +16,14 @@ temporary folder takes 8 MB per image while this runs; TMPDIR says where.
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too, also during the imports
-
 import argparse
-import contextlib
 import functools
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,19 +83,6 @@ def find_images(paths: list[Path], output: Path) -> list[Source]:
 
 def name_targets(output: Path, name: str) -> tuple[Path, Path]:
     return output / f"{name}_overlay.jpg", output / f"{name}_color.png"
-
-
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Make a folder that is removed at the end, on errors, and on Ctrl-C, which then ends the process as a signal."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set above
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with tempfile.TemporaryDirectory(prefix="segment_") as folder:
-            yield Path(folder)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 def for_all(step: Callable[[Source], None], images: list[Source], title: str) -> tuple[list[Source], list[str]]:
@@ -226,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     args.model.stat()  # raises if there is none
     images = find_images(args.images, args.output)
     args.output.mkdir(parents=True, exist_ok=True)
-    with temporary_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="segment_") as name:
+        folder = Path(name)
         (folder / "input").mkdir()
         readable, errors = for_all(functools.partial(prepare, folder=folder), images, "read")
         if readable:
@@ -240,4 +222,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, umask=0o027)  # ais_bench rejects an output folder more open than 0750
+    run_script(main, unwind=True)
