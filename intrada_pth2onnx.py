@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+import torch.fx
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -133,20 +135,11 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
     state_dict = find_state_dict(load_checkpoint(weights))
     if not state_dict:
         raise InputError(f"{weights}: expected a state dict of tensors, bare or as the one dict of tensors in a dict")
-    plain = {key: value for key, value in state_dict.items() if is_plain(value)}
-    if len(plain) < len(state_dict):
-        raise InputError(
-            f"{weights}: sparse, quantized, nested or meta tensors: {first_five(sorted(state_dict.keys() - plain))}"
-        )
-    renamed = {key[len("module.") :] if key.startswith("module.") else key: value for key, value in plain.items()}
-    if len(renamed) < len(plain):
-        both = [key for key in renamed if key in plain and f"module.{key}" in plain]
-        raise InputError(f"{weights}: keys both with and without `module.`: {first_five(both)}")
-    return renamed
+    return {key[len("module.") :] if key.startswith("module.") else key: value for key, value in state_dict.items()}
 
 
 def load_checkpoint(weights: Path) -> object:
-    """Load a checkpoint's plain values after checking its checksums.
+    """Load a checkpoint's plain values after checking its checksums, which torch does not.
 
     Raises:
         InputError: it is damaged, or holds other objects.
@@ -157,7 +150,7 @@ def load_checkpoint(weights: Path) -> object:
     if start == b"PK\x03\x04" and not is_zip:
         raise InputError(f"{weights}: truncated; copy or download it again")
     try:
-        damaged = find_damage(weights) if is_zip else None
+        damaged = zipfile.ZipFile(weights).testzip() if is_zip else None
         if not damaged:
             return torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly everything, and advises to load without weights_only
@@ -190,19 +183,6 @@ def is_state_dict(value: object) -> bool:
     return all(isinstance(key, str) and torch.is_tensor(tensor) for key, tensor in value.items())
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is dense, with its values in memory."""
-    dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
-    return dense and tensor.device.type == "cpu"
-
-
-def find_damage(weights: Path) -> str | None:
-    """Name a damaged tensor of a zip; torch checks no CRC, and reads zeros for what is marked as a folder."""
-    with zipfile.ZipFile(weights) as file:
-        folders = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10 and not entry.is_dir()]
-        return folders[0] if folders else file.testzip()
-
-
 def load_network(weights: Path) -> DeepLabV2:
     """Build the network with the weights of a checkpoint.
 
@@ -223,7 +203,7 @@ def load_network(weights: Path) -> DeepLabV2:
             key for key, value in found.items() if not (value.is_floating_point() and value.float().isfinite().all())
         },
     }
-    described = [f"{len(keys)} {kind} ({first_five(sorted(keys))})" for kind, keys in problems.items() if keys]
+    described = [f"{kind}: {first_five(sorted(keys))}" for kind, keys in problems.items() if keys]
     if described:
         raise InputError(f"{weights}: not the weights of this network: {'; '.join(described)}")
     network.load_state_dict(found, strict=False)
@@ -231,80 +211,19 @@ def load_network(weights: Path) -> DeepLabV2:
 
 
 def first_five(names: list[str]) -> str:
-    """List at most five names, to keep the message on one line."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    """List at most five names and the count, to keep the message on one line."""
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
 # ---------------------------------------------------------------------------------------------------- the ONNX graph
 
 
-class Graph:
-    """Writes a network's modules into an ONNX graph; every method takes and returns the names of values."""
-
-    def __init__(self, proto: onnx.GraphProto) -> None:
-        self.proto = proto
-
-    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
-        """Add a node and return the name of its output."""
-        output = output or f"{operator}_{len(self.proto.node)}"
-        self.proto.node.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
-        return output
-
-    def add_weights(self, name: str, values: torch.Tensor) -> str:
-        if not values.float().isfinite().all():
-            raise InputError(f"{name}: not finite; a batch norm has a negative variance, or a value is too large")
-        self.proto.initializer.append(onnx.numpy_helper.from_array(values.detach().float().contiguous().numpy(), name))
-        return name
-
-    def conv(self, x: str, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None) -> str:
-        """Add a convolution, and fold the batch norm that follows it into its weight and bias, in float64."""
-        weight, bias = conv.weight.double(), conv.bias
-        if norm:
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-            weight = weight * scale[:, None, None, None]
-            bias = norm.bias.double() - norm.running_mean.double() * scale
-        name = f"Conv_{len(self.proto.node)}"
-        return self.add(
-            "Conv",
-            x,
-            self.add_weights(f"{name}.weight", weight),
-            self.add_weights(f"{name}.bias", bias),
-            kernel_shape=conv.kernel_size,
-            strides=conv.stride,
-            pads=conv.padding * 2,
-            dilations=conv.dilation,
-        )
-
-    def bottleneck(self, x: str, block: Bottleneck) -> str:
-        shortcut = self.conv(x, *block.downsample) if block.downsample else x
-        x = self.add("Relu", self.conv(x, block.conv1, block.bn1))
-        x = self.add("Relu", self.conv(x, block.conv2, block.bn2))
-        return self.add("Relu", self.add("Add", self.conv(x, block.conv3, block.bn3), shortcut))
-
-    def stage(self, x: str, blocks: nn.Sequential) -> str:
-        for block in blocks:
-            x = self.bottleneck(x, block)
-        return x
-
-    def classifier(self, x: str, head: Classifier, output: str) -> None:
-        first, second, third, fourth = head.conv2d_list
-        logits = self.add("Add", self.conv(x, first), self.conv(x, second))
-        logits = self.add("Add", logits, self.conv(x, third))
-        self.add("Add", logits, self.conv(x, fourth), output=output)
-
-    def network(self, image: str, network: DeepLabV2) -> None:
-        """Add what `DeepLabV2.forward` computes."""
-        pool = network.maxpool
-        x = self.add("Relu", self.conv(image, network.conv1, network.bn1))
-        x = self.add("MaxPool", x, kernel_shape=[pool.kernel_size] * 2, strides=[pool.stride] * 2,
-                     pads=[pool.padding] * 4, ceil_mode=int(pool.ceil_mode))  # fmt: skip
-        features = self.stage(self.stage(self.stage(x, network.layer1), network.layer2), network.layer3)
-        self.classifier(features, network.layer5, "output_0")
-        self.classifier(self.stage(features, network.layer4), network.layer6, "output_1")
-
-
 def write_graph(network: DeepLabV2) -> bytes:
-    """Write the network as ONNX in memory; the same weights give the same bytes."""
+    """Write the network as ONNX in memory; the same weights give the same bytes.
+
+    Raises:
+        InputError: weights that are not finite once batch norms are folded in.
+    """
     model = helper.make_model(
         onnx.GraphProto(name="IntraDA"),  # filled in place, since every copy of the weights costs 180 MB
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -316,8 +235,62 @@ def write_graph(network: DeepLabV2) -> bytes:
     for output in ("output_0", "output_1"):
         shape = ["batch", NUM_CLASSES, LOGITS_HEIGHT, LOGITS_WIDTH]
         model.graph.output.append(make_value(output, TensorProto.FLOAT, shape))
-    Graph(model.graph).network("image", network)
+    add_nodes(model.graph, network)
     return model.SerializeToString()
+
+
+def add_nodes(graph: onnx.GraphProto, network: DeepLabV2) -> None:
+    """Add what `forward` computes, in its order and with torch.fx's names, e.g. layer3_22_conv2."""
+    modules = dict(network.named_modules())
+    *nodes, result = torch.fx.symbolic_trace(network).graph.nodes
+    names = {node: f"output_{i}" for i, node in enumerate(result.args[0])}
+    for node in nodes:
+        module = modules.get(node.target)
+        name = names.setdefault(node, node.name)
+        inputs = [names[argument] for argument in node.args]
+        if node.op == "placeholder":  # called image, as forward's argument is
+            continue
+        if isinstance(module, nn.BatchNorm2d):
+            names[node] = inputs[0]  # of the convolution that it is folded into
+            continue
+        if isinstance(module, nn.Conv2d):
+            follower = modules.get(next(iter(node.users)).target)  # the only node that reads a convolution
+            weight, bias = fold(module, follower if isinstance(follower, nn.BatchNorm2d) else None)
+            inputs += [add_weights(graph, f"{name}.weight", weight), add_weights(graph, f"{name}.bias", bias)]
+        operator_name, attributes = describe(node, module)
+        graph.node.append(helper.make_node(operator_name, inputs, [name], name=name, **attributes))
+
+
+def describe(node: torch.fx.Node, module: nn.Module | None) -> tuple[str, dict[str, object]]:
+    """Return a node's ONNX operator and its attributes."""
+    if isinstance(module, nn.Conv2d):
+        return "Conv", {"kernel_shape": module.kernel_size, "strides": module.stride, "pads": module.padding * 2,
+                        "dilations": module.dilation}  # fmt: skip
+    if isinstance(module, nn.MaxPool2d):
+        return "MaxPool", {"kernel_shape": [module.kernel_size] * 2, "strides": [module.stride] * 2,
+                           "pads": [module.padding] * 4, "ceil_mode": int(module.ceil_mode)}  # fmt: skip
+    if isinstance(module, nn.ReLU):
+        return "Relu", {}
+    if node.target is operator.add:
+        return "Add", {}
+    raise NotImplementedError(node)
+
+
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold the batch norm that follows a convolution into its weight and bias, in float64."""
+    if norm is None:
+        return conv.weight, conv.bias
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return conv.weight.double() * scale[:, None, None, None], norm.bias.double() - norm.running_mean.double() * scale
+
+
+def add_weights(graph: onnx.GraphProto, name: str, values: torch.Tensor) -> str:
+    """Add a float32 tensor and return its name."""
+    values = values.detach().float().contiguous()
+    if not values.isfinite().all():
+        raise InputError(f"{name}: not finite; a batch norm has a negative variance, or a value is too large")
+    graph.initializer.append(onnx.numpy_helper.from_array(values.numpy(), name))
+    return name
 
 
 def verify(model: bytes, network: DeepLabV2) -> None:
