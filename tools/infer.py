@@ -49,6 +49,7 @@ from intrada_preprocess import HEIGHT, WIDTH
 IMAGE_SHAPE = 3, HEIGHT, WIDTH
 IMAGE_BYTES = 4 * 3 * HEIGHT * WIDTH
 OUTPUTS = 2
+ZEROS: list[Path] = []  # a group of no frames, for which read_group makes zeros
 PROVIDERS = {name[: -len("ExecutionProvider")].lower(): name for name in onnxruntime.get_available_providers()}
 
 # Set by torchrun, and by other launchers; without all of them this is the only process.
@@ -118,7 +119,7 @@ def find_inputs(folder: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------- the results
 
 
-def prepare_folder(folder: Path, inputs: list[Path], note: dict, args: argparse.Namespace) -> list[Path]:
+def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> list[Path]:
     """Make the folder and note what its results belong to; a run on zeros has a summary beside it and no folder.
 
     Returns:
@@ -127,6 +128,7 @@ def prepare_folder(folder: Path, inputs: list[Path], note: dict, args: argparse.
     Raises:
         InputError: there are results of another model, provider or input, or of ais_bench, and no --overwrite.
     """
+    folder = args.folder
     if not args.input:
         if is_there(folder):
             raise InputError(f"{folder}: results, whose summary this would replace; pass another --output_dirname")
@@ -185,7 +187,7 @@ def write_group(folder: Path, group: list[Path], outputs: list[np.ndarray]) -> N
 
 
 def read_group(group: list[Path], batch: int) -> np.ndarray:
-    """Read up to `batch` frames, (batch, 3, 512, 1024) float32; the rest repeats the first, and no frames are zeros."""
+    """Read up to `batch` frames, (batch, 3, 512, 1024) float32; the rest repeats the first, ZEROS stay zeros."""
     try:
         images = np.zeros((batch, *IMAGE_SHAPE), np.float32)
     except MemoryError:
@@ -211,9 +213,9 @@ def run_model(session: onnxruntime.InferenceSession, images: np.ndarray) -> tupl
 
 
 def infer(
-    session: onnxruntime.InferenceSession, groups: list[list[Path]], folder: Path | None, args: argparse.Namespace
+    session: onnxruntime.InferenceSession, groups: list[list[Path]], args: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """Infer groups of frames and write their outputs, if there is a folder.
+    """Infer groups of frames; write their outputs, if there is a folder and they are no zeros.
 
     Returns:
         The milliseconds of each run of the model, and the seconds from the first read to the last write.
@@ -222,7 +224,7 @@ def infer(
     total = args.warmup_count + len(groups) * args.loop
     with tqdm(total=total, unit="batch", disable=RANK > 0 or None) as bar:
         for _ in range(args.warmup_count):
-            run_model(session, read_group([], args.batchsize))
+            run_model(session, read_group(ZEROS, args.batchsize))
             bar.update()
         start = time.perf_counter()
         for group in groups:
@@ -231,8 +233,8 @@ def infer(
                 outputs, milliseconds = run_model(session, images)
                 times_ms.append(milliseconds)
                 bar.update()
-            if folder:
-                write_group(folder, group, outputs)
+            if args.folder:
+                write_group(args.folder, group, outputs)
         return times_ms, time.perf_counter() - start
 
 
@@ -267,9 +269,7 @@ def summarise(groups: list[list[Path]], times_ms: list[float], elapsed_s: float,
     }
 
 
-def describe_run(
-    summary: dict, inputs: list[Path], todo: list[Path], folder: Path | None, args: argparse.Namespace
-) -> str:
+def describe_run(summary: dict, inputs: list[Path], todo: list[Path], args: argparse.Namespace) -> str:
     """Describe in one line what was done, how fast, and where the results are."""
     line = f"rank {RANK} of {WORLD_SIZE}: " if IS_RANK else ""
     line += f"provider {args.provider}, "
@@ -280,7 +280,7 @@ def describe_run(
     if summary:
         line += f", {summary['throughput']:.2f} frames/s (model)"
         line += f", {summary['end_to_end_throughput']:.2f} (with reading and writing)"
-    return f"{line}, in {folder}" if folder else f"{line}, not saved"
+    return f"{line}, in {args.folder}" if args.folder else f"{line}, not saved"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -310,27 +310,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.warmup_count is None:
         args.warmup_count = int(args.provider != "cpu")
     args.device += LOCAL_RANK
+    args.folder = args.output and args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     session, model_sha256 = load_model(args.model, args.provider, args.device, args.threads)
-    inputs = todo = find_inputs(args.input)[RANK::WORLD_SIZE] if args.input else []
-    folder = args.output and args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
-    note = {}
-    if folder:
+    inputs = find_inputs(args.input)[RANK::WORLD_SIZE] if args.input else []
+    todo, note = inputs, {}
+    if args.folder:
         note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
-        todo = prepare_folder(folder, inputs, note, args)
-    groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)]
-    groups = groups if args.input else [[]]  # no frames, for which read_group makes zeros
+        todo = prepare_folder(inputs, note, args)
+    groups = [todo[n : n + args.batchsize] for n in range(0, len(todo), args.batchsize)] if args.input else [ZEROS]
     summary = {}
     if groups:
-        times_ms, elapsed_s = infer(session, groups, folder, args)
+        times_ms, elapsed_s = infer(session, groups, args)
         summary = {**summarise(groups, times_ms, elapsed_s, args), **note}
-        if folder:
-            json_path(folder, "summary").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    print(describe_run(summary, inputs, todo, folder, args))
+        if args.folder:
+            json_path(args.folder, "summary").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print(describe_run(summary, inputs, todo, args))
     return 0
 
 
