@@ -15,7 +15,7 @@ import tiny_cityscapes
 @pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes half a minute; make soak runs it")
 def test_the_stored_fit_is_that_of_the_scenes():
     with torch.no_grad():
-        fitted = tiny_cityscapes.fit(tiny_cityscapes.make_network(), tiny_cityscapes.draw_scenes())
+        fitted = tiny_cityscapes.fit(tiny_cityscapes.make_network(), tiny_cityscapes.read_scenes())
     stored = np.load(tiny_cityscapes.FIT)
     assert fitted.keys() == set(stored)
     for key, values in fitted.items():
