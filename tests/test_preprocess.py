@@ -36,12 +36,12 @@ def test_the_golden_frame_is_reproduced_bit_for_bit_and_writable_by_one_only(tmp
     save_dir = tmp_path / "new" / "prep"
     done = run(SCRIPT, GOLDEN_DATA_DIR, save_dir, preexec_fn=lambda: os.umask(0o002))
     target = save_dir / f"{GOLDEN_FRAME}_leftImg8bit.bin"
+    input_chw = np.fromfile(target, "<f4").reshape(3, 512, 1024)  # as the docstring reads it
+    samples = np.array(GOLDEN["preprocess"]["samples"])  # first, since they tell what is wrong
+    np.testing.assert_array_equal(input_chw[tuple(samples[:, :3].astype(int).T)], samples[:, 3].astype(np.float32))
     assert sha256(target) == GOLDEN["preprocess"]["sha256"]
     assert (done.stdout, done.stderr) == (f"frames written to {save_dir}: 1\n", "")
     assert [oct(p.stat().st_mode & 0o777) for p in (target, save_dir, save_dir.parent)] == ["0o644", "0o755", "0o755"]
-    input_chw = np.fromfile(target, "<f4").reshape(3, 512, 1024)  # as the docstring reads it
-    for channel, row, column, value in GOLDEN["preprocess"]["samples"]:
-        assert input_chw[channel, row, column] == np.float32(value)
 
 
 def test_every_file_is_made_again_however_current_it_looks(tmp_path):
@@ -111,5 +111,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_bin(tmp_path):
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_wrong_usage_exits_2():
-    assert "--workers: must be an integer, 1 or more" in run(SCRIPT, "data", "prep", "--workers", 0, status=2).stderr
+@pytest.mark.parametrize("workers", ["0", "x", "1.5"])
+def test_workers_that_are_no_positive_integer_are_wrong_usage(capsys, workers):
+    with pytest.raises(SystemExit, match="2"):
+        preprocess.main(["data", "prep", "--workers", workers])
+    assert "--workers: must be an integer, 1 or more" in capsys.readouterr().err
