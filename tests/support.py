@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -23,10 +22,17 @@ GOLDEN_DATA_DIR = DATA / "cityscapes"
 GOLDEN_FRAME = "frankfurt_999999_000001"
 GOLDEN = json.loads((DATA / "expected.json").read_text())
 LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
-# For subprocess: a process group of its own, in which Ctrl-C works even where the tests run in the background.
-OWN_GROUP = {"start_new_session": True, "preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
 
 sys.path.insert(0, str(ROOT))
+
+
+def reset_signals() -> None:
+    """Undo what nohup and a shell's background set: that Ctrl-C and a hang-up are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+OWN_GROUP = {"start_new_session": True, "preexec_fn": reset_signals}  # for subprocess
 
 
 def run(script: str, *args: object, status: int = 0, **options: object) -> subprocess.CompletedProcess:

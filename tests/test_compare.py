@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support import ROOT, error_of, refusal
+from support import error_of, refusal
 from tools import compare
 
 SCRIPT = "tools/compare.py"
@@ -116,7 +113,7 @@ def test_zero_outputs_are_equal_to_each_other_only(folder):
     for name, status, figures in (("theirs", 1, [0, 1]), ("ours", 0, [1, 0])):
         np.zeros(SHAPE, "<f4").tofile(folder / name / "ulm_000000_000000_leftImg8bit_1.bin")
         measures = comparison_of(folder, status)["outputs"]["1"]
-        assert [measures[measure]["worst"] for measure in ("cosine", "relative_distance")] == figures
+        assert [measures[measure]["worst"] for measure in ("cosine", "relative_distance")] == pytest.approx(figures)
 
 
 @pytest.mark.parametrize("complete", ["ours", "theirs"])
@@ -140,12 +137,3 @@ def test_an_empty_folder_and_the_same_folder_twice_are_refused(folder):
     assert refusal(compare, folder / "ours", folder / "empty").startswith(f"{folder}/empty: no ")
     (folder / "link").symlink_to(folder / "ours")
     assert error_of(SCRIPT, folder / "ours", folder / "link").endswith(" are the same folder")
-
-
-def test_a_closed_stdout_loses_no_json(folder):
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-u", ROOT / SCRIPT, folder / "ours", folder / "theirs", "--json", folder / "c.json"]
-    subprocess.run(command, stdout=writer, stderr=subprocess.DEVNULL)
-    os.close(writer)
-    assert json.loads((folder / "c.json").read_text())["passed"] is True
