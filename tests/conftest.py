@@ -13,7 +13,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the tests import onnxrunt
 # Or torch's threads would spin while pytest-xdist's other process works.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from support import ROOT, ascend_environment, read_blocks
+from support import ROOT, ascend_environment, read_blocks, save_small_model
 
 MARK = "--- what the next block prints ---"
 
@@ -31,7 +31,8 @@ class Walk(NamedTuple):
 def walk(tmp_path_factory) -> Walk:
     """Run README.md and docs/tools.md in a folder with the project's files; an Ascend host's tools are stand-ins.
 
-    pip3 is a stub, make runs with -n, .venv is empty, and the quick start's export, the second, is not verified again.
+    pip3 is a stub, make runs with -n, .venv is empty, the quick start's export, the second, is not verified again, and
+    segment has a small model, since its real one has inferred the frame before.
     """
     folder, tools = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("tools")
     scripts = [path for ending in ("py", "sh", "txt") for path in ROOT.glob(f"*.{ending}")]
@@ -45,17 +46,24 @@ def walk(tmp_path_factory) -> Walk:
         (tools / name).chmod(0o755)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
+    (folder / "home").mkdir()
+    save_small_model(folder / "small.onnx")
     (folder / "cityscapes_easy2hard_intrada_with_norm.pth").symlink_to("tiny_cityscapes/tiny_intrada.pth")
 
     blocks = read_blocks(*((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tools.md")))
     environment = ascend_environment(FAKE_AIS_BENCH_KNOWN="result_onnx/result_bs1", LD_LIBRARY_PATH="")
+    environment["HOME"] = str(folder / "home")
+    del environment["ORT_DISABLE_TELEMETRY"]  # which the scripts set themselves
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     script = "".join(f"echo '{MARK}'\n{commands}" for commands, _ in blocks)
-    script = script.replace("/data/cityscapes", "tiny_cityscapes")
-    script = script.replace(
-        "_with_norm.pth intraDA_deeplabv2.onnx", "_with_norm.pth intraDA_deeplabv2.onnx --skip_verify"
-    )
-    script = script.replace("/usr/local/Ascend", str(ROOT / "tests" / "fake_ascend" / "home" / "Ascend"))
+    for shown, run in {
+        "/data/cityscapes": "tiny_cityscapes",
+        "_with_norm.pth intraDA_deeplabv2.onnx": "_with_norm.pth intraDA_deeplabv2.onnx --skip_verify",
+        "tools/segment.py intraDA_deeplabv2.onnx": "tools/segment.py small.onnx",
+        "/usr/local/Ascend": str(ROOT / "tests" / "fake_ascend" / "home" / "Ascend"),
+    }.items():
+        assert shown in script
+        script = script.replace(shown, run)
     done = subprocess.run(["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return Walk(folder, *map(list, zip(*blocks)), done.stdout.split(f"{MARK}\n")[1:])
@@ -63,4 +71,5 @@ def walk(tmp_path_factory) -> Walk:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that both of pytest-xdist's processes work to the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_damage.py"))
+    longest = ["test_readme.py", "test_pth2onnx.py"]
+    items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
