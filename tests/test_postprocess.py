@@ -156,9 +156,9 @@ def test_the_prediction_is_torch_s_at_full_size(noise):
 def test_classes_are_scored_over_all_frames_at_once(tmp_path):
     road, bicycle, sky, ignored = 0, 18, 10, 255
     truth, prediction = ROAD.copy(), ROAD.copy()
-    truth[:, :29] = bicycle  # 65 x 29 pixels
-    prediction[:, :9] = bicycle  # 65 x 9 of them found
-    prediction[:, 119:] = sky  # 65 x 10 of the 65 x 100 of road predicted as sky
+    truth[:, :29] = bicycle
+    prediction[:, :9] = bicycle  # 9 of its 29 columns are found
+    prediction[:, 119:] = sky  # 10 of the 100 columns of road
     add_frame(tmp_path, "bonn_000000_000000", truth, prediction)
     truth, prediction = ROAD.copy(), ROAD.copy()
     truth[:30] = ignored  # predicted as sky, and counts nowhere
@@ -166,30 +166,25 @@ def test_classes_are_scored_over_all_frames_at_once(tmp_path):
     add_frame(tmp_path, FRAME, truth, prediction)
     metrics = metrics_of(tmp_path)
 
-    road_hits, road_truth = 65 * 90 + 35 * 129, 65 * 100 + 35 * 129
+    road_hits, road_truth, bicycle_truth = 65 * 90 + 35 * 129, 65 * 100 + 35 * 129, 65 * 29
     confusion = np.zeros((19, 19), int)
-    confusion[road, road], confusion[road, sky] = road_hits, 65 * 10
-    confusion[bicycle, bicycle], confusion[bicycle, road] = 65 * 9, 65 * 20
+    confusion[road, [road, sky]] = road_hits, 65 * 10
+    confusion[bicycle, [bicycle, road]] = 65 * 9, 65 * 20
     assert metrics["confusion_matrix"] == confusion.tolist()
-    road_iou, bicycle_iou = road_hits / (road_truth + 65 * 20), 9 / 29
-    assert {name: value for name, value in metrics["iou"].items() if value is not None} == {
-        "road": pytest.approx(road_iou),
-        "bicycle": pytest.approx(bicycle_iou),
-        "sky": 0.0,
-    }
-    assert metrics["miou"] == pytest.approx((road_iou + bicycle_iou + 0) / 3)
-    truth_total = road_truth + 65 * 29
-    assert metrics["pixel_accuracy"] == pytest.approx((road_hits + 65 * 9) / truth_total)
-    assert metrics["mean_class_accuracy"] == pytest.approx((road_hits / road_truth + 9 / 29) / 2)
-    assert metrics["frequency_weighted_iou"] == pytest.approx(
-        (road_truth * road_iou + 65 * 29 * bicycle_iou) / truth_total
-    )
-    assert metrics["category_iou"]["flat"] == pytest.approx(road_iou)
-    assert metrics["category_iou"]["vehicle"] == pytest.approx(bicycle_iou)
-    assert metrics["category_iou"]["human"] is None
-    assert metrics["per_frame"][1] == {
-        "frame": FRAME, "miou": 1.0, "pixel_accuracy": 1.0, "iou": {**dict.fromkeys(metrics["iou"]), "road": 1.0}
-    }  # fmt: skip
+    iou = {"road": road_hits / (road_truth + 65 * 20), "sky": 0, "bicycle": 9 / 29}
+    assert {name: value for name, value in metrics["iou"].items() if value is not None} == pytest.approx(iou)
+    categories = {name: value for name, value in metrics["category_iou"].items() if value is not None}
+    assert categories == pytest.approx({"flat": iou["road"], "sky": 0, "vehicle": iou["bicycle"]})
+    weighted_iou = (road_truth * iou["road"] + bicycle_truth * iou["bicycle"]) / (road_truth + bicycle_truth)
+    for key, value in {
+        "miou": (iou["road"] + 0 + iou["bicycle"]) / 3,
+        "pixel_accuracy": (road_hits + 65 * 9) / (road_truth + bicycle_truth),
+        "mean_class_accuracy": (road_hits / road_truth + 9 / 29) / 2,
+        "frequency_weighted_iou": weighted_iou,
+    }.items():
+        assert metrics[key] == pytest.approx(value), key
+    of_frame = {"frame": FRAME, "miou": 1.0, "pixel_accuracy": 1.0}
+    assert metrics["per_frame"][1] == {**of_frame, "iou": {**dict.fromkeys(metrics["iou"]), "road": 1.0}}
 
 
 def test_a_frame_without_any_class_has_no_miou_and_changes_nothing(quarter):
@@ -295,22 +290,16 @@ def test_a_number_that_makes_no_sense_is_wrong_usage(capsys, option, value, word
 
 
 @pytest.mark.parametrize(
-    ("predictions", "word"),
-    [
-        ([None, None], "road:"),  # constant logits, in which ties go to the first class
-        ([np.full((65, 129), 3)] * 2, "wall:"),
-        ([np.full((65, 129), 3), np.full((65, 129), 4)], None),
-        ([np.full((65, 129), 3), HALF_ROAD], None),
-    ],
+    ("classes", "word"),
+    [((0, 0), "road:"), ((3, 3), "wall:"), ((3, 4), None)],
 )
-def test_results_of_a_model_that_did_not_compute_are_warned_of(tmp_path, capsys, predictions, word):
-    for n, prediction in enumerate(predictions):
-        add_frame(tmp_path, f"ulm_000000_{n:06}", ROAD, ROAD if prediction is None else prediction)
-        if prediction is None:
-            np.full((19, 65, 129), 7, "<f4").tofile(tmp_path / "r" / f"ulm_000000_{n:06}_leftImg8bit_1.bin")
+def test_results_of_a_model_that_did_not_compute_are_warned_of(tmp_path, capsys, classes, word):
+    for n, train_id in enumerate(classes):
+        add_frame(tmp_path, f"ulm_000000_{n:06}", ROAD, ROAD + train_id)
     assert score(tmp_path) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "every pixel" in line]
-    assert word in warnings[0] and warnings[0].startswith("warning: ") if word else warnings == []
+    assert len(warnings) == (1 if word else 0)
+    assert all(line.startswith("warning: ") and word in line for line in warnings)
 
 
 # ---------------------------------------------------------------------------------------------------- finding files

@@ -54,17 +54,10 @@ def test_the_tiny_data_set_is_segmented_by_both_ways(walk):
 
 def test_the_benchmark_table_has_the_miou_of_postprocess(walk):
     metrics = json.loads((walk.folder / "metrics_bs1.json").read_text())
-    rows = [
-        line.split("|") for line in (walk.folder / "bench/intraDA_deeplabv2/table.md").read_text().splitlines()[2:4]
-    ]
+    lines = (walk.folder / "bench/intraDA_deeplabv2/table.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines[2:4]]
     assert [(row[1].strip(), row[2].strip()) for row in rows] == [("1", "3"), ("4", "3")]
     assert [float(row[3]) for row in rows] == pytest.approx([100 * metrics["miou"]] * 2, abs=0.01)
-
-
-def test_all_six_models_are_made(walk):
-    assert {path.name for path in walk.folder.glob("*.om")} == {
-        f"intraDA_deeplabv2_bs{bs}.om" for bs in (1, 4, 8, 16, 32, 64)
-    }
 
 
 def test_the_auxiliary_output_would_score_less(walk, tmp_path):
