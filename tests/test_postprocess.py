@@ -18,17 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import intrada_postprocess as postprocess
-from support import (
-    GOLDEN,
-    GOLDEN_DATA_DIR,
-    GOLDEN_FRAME,
-    LABEL_IDS,
-    add_frame,
-    error_of,
-    golden_logits,
-    refusal,
-    run,
-)
+from support import GOLDEN, GOLDEN_DATA_DIR, GOLDEN_FRAME, LABEL_IDS, add_frame, error_of, golden_logits, refusal, run
 
 SCRIPT = "intrada_postprocess.py"
 FRAME = "ulm_000000_000000"
@@ -289,10 +279,7 @@ def test_a_number_that_makes_no_sense_is_wrong_usage(capsys, option, value, word
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("classes", "word"),
-    [((0, 0), "road:"), ((3, 3), "wall:"), ((3, 4), None)],
-)
+@pytest.mark.parametrize(("classes", "word"), [((0, 0), "road:"), ((3, 3), "wall:"), ((3, 4), None)])
 def test_results_of_a_model_that_did_not_compute_are_warned_of(tmp_path, capsys, classes, word):
     for n, train_id in enumerate(classes):
         add_frame(tmp_path, f"ulm_000000_{n:06}", ROAD, ROAD + train_id)
