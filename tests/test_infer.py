@@ -19,7 +19,7 @@ import pytest
 
 import intrada_postprocess
 import tools.infer as tool
-from support import add_frame, error_of, run, save_frames, save_small_model
+from support import error_of, run, save_frames, save_small_model
 
 SCRIPT = "tools/infer.py"
 FRAMES = ["ulm_10", "ulm_8", "ulm_9"]  # sorted plainly
@@ -250,8 +250,6 @@ def infer_as_rank(rank: int, ranks: int, *args: object, status: int = 0) -> str:
 
 
 def test_the_results_of_two_ranks_are_those_of_one_process(images):
-    for frame, label in zip(FRAMES, np.random.default_rng(0).integers(0, 19, (3, 65, 129))):
-        add_frame(Path("data"), frame, label, label)
     infer("--output_dirname", "alone")
     shares = [["ulm_10", "ulm_9"], ["ulm_8"]]
     for rank, share in enumerate(shares):
@@ -263,12 +261,6 @@ def test_the_results_of_two_ranks_are_those_of_one_process(images):
         assert sorted(path.name for path in Path(f"result/r/device{rank}").iterdir()) == names
         assert json.loads(Path(f"result/r/device{rank}_summary.json").read_text())["device"] == 4 + 1
         assert Path(f"result/r/device{rank}_model.json").is_file()
-    metrics = []
-    for folder in ("result/alone", "result/r"):
-        intrada_postprocess.main(["data", folder, "--json", "metrics.json"])
-        metrics.append(json.loads(Path("metrics.json").read_text()))
-    assert metrics[0]["confusion_matrix"] == metrics[1]["confusion_matrix"]
-    assert 0 < metrics[0]["miou"] < 1
     found = contents("result/r")
     assert {name: found[name] for name in found if name.endswith(".bin")} == contents("result/alone")
 

@@ -75,20 +75,12 @@ def test_frames_that_cannot_be_told_apart_are_refused(tmp_path, frames, words):
     assert not (tmp_path / "prep").exists()
 
 
-def test_a_bug_is_not_reported_as_a_damaged_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "MEAN_BGR", np.zeros(4, np.float32))
-    with pytest.raises(ValueError, match="broadcast"):
-        preprocess.main([str(GOLDEN_DATA_DIR), str(tmp_path)])
-
-
 def test_a_full_disk_is_one_line_and_leaves_no_bin(tmp_path):
     limit = "ulimit -f 100; exec"  # blocks of 1024 bytes, as a full disk would
     command = f"{limit} {sys.executable} {ROOT / SCRIPT} {GOLDEN_DATA_DIR} {tmp_path}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith(
-        f"{SCRIPT}: error: {tmp_path}/{GOLDEN_FRAME}_leftImg8bit.bin: cannot be written: File"
-    )
+    assert f": error: {tmp_path}/{GOLDEN_FRAME}_leftImg8bit.bin: cannot be written: File" in done.stderr
     assert not list(tmp_path.glob("*.bin"))
 
 
