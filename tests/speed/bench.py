@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Time each stage against the plain way and against a lower bound of its time, and print one Markdown table.
+"""Time each stage against a straightforward loop and a lower bound, and print one Markdown table.
 
-Every way is a process of its own, timed from start to end, imports included. The ways of a stage alternate; the table
-has the medians over the rounds. This process imports neither numpy nor torch, because Linux counts the memory of the
-parent process into the peak of its child.
+Every run is a process of its own, timed from start to end, imports included. The programs of a stage alternate; the
+table has the medians over the rounds. This process imports neither numpy nor torch, because Linux counts the memory of
+the parent process into the peak of its child.
 
     $ python3 tests/speed/bench.py
 """
@@ -30,12 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "numpy", "pillow", "onnxruntime", "onnx", "torch"
 TINY_FRAMES = 3  # made by tests/tiny_cityscapes.py; all other frames are links to them
 HEADER = """\
-| stage | way | frames | seconds | frames/s | speed / plain | speed / lower bound | peak MB |
+| stage | program | frames | seconds | frames/s | speed / straightforward | speed / lower bound | peak MB |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 
 class BenchmarkError(Exception):
-    """A process failed, or two ways disagree; reported in one line, without a traceback."""
+    """A process failed, or two programs disagree; reported in one line, without a traceback."""
 
 
 class Run(NamedTuple):
@@ -50,8 +50,8 @@ def script(name: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
 
 
-def way(name: str, *arguments: object) -> list[str]:
-    return script("tests/speed/ways.py", name, *arguments)
+def baseline(name: str, *arguments: object) -> list[str]:
+    return script("tests/speed/baselines.py", name, *arguments)
 
 
 def run(command: list[str]) -> Run:
@@ -73,19 +73,19 @@ def run(command: list[str]) -> Run:
     return Run(seconds, usage.ru_maxrss * 1024 / 1e6, output)
 
 
-def run_alternating(ways: dict[str, list[str]], out: Path, rounds: int) -> dict[str, list[Run]]:
-    """Run the ways of a stage one after the other, round after round.
+def run_alternating(programs: dict[str, list[str]], out: Path, rounds: int) -> dict[str, list[Run]]:
+    """Run the programs of a stage one after the other, round after round.
 
-    The first way runs once more before, uncounted, to fill the disk cache.
+    The first program runs once more before, uncounted, to fill the disk cache.
 
     Args:
-        out: OUT/<way> is removed before each run, so that every run writes to a new folder.
+        out: OUT/<program> is removed before each run, so that every run writes to a new folder.
     """
     out.mkdir()
-    run(next(iter(ways.values())))
-    runs = {name: [] for name in ways}
+    run(next(iter(programs.values())))
+    runs = {name: [] for name in programs}
     for n in range(1, rounds + 1):
-        for name, command in ways.items():
+        for name, command in programs.items():
             shutil.rmtree(out / name, ignore_errors=True)
             runs[name].append(run(command))
             print(f"{out.name}, round {n}, {name}: {runs[name][-1].seconds:.2f} s", file=sys.stderr)
@@ -93,11 +93,13 @@ def run_alternating(ways: dict[str, list[str]], out: Path, rounds: int) -> dict[
 
 
 def format_rows(stage: str, frames: int, runs: dict[str, list[Run]]) -> list[str]:
-    """Make a table row for each way; a quotient of speeds above 1 means faster."""
+    """Make a table row for each program; a quotient of speeds above 1 means faster."""
     seconds = {name: median(run.seconds for run in runs[name]) for name in runs}
     rows = []
     for name in runs:
-        quotients = [f"{seconds[x] / seconds[name]:.2f}" if x in seconds else "-" for x in ("plain", "lower bound")]
+        quotients = [
+            f"{seconds[x] / seconds[name]:.2f}" if x in seconds else "-" for x in ("straightforward", "lower bound")
+        ]
         figures = [f"{seconds[name]:.2f}", f"{frames / seconds[name]:.2f}", *quotients]
         peak_mb = median(run.peak_mb for run in runs[name])
         rows.append(f"| {' | '.join([stage, name, str(frames), *figures, f'{peak_mb:.0f}'])} |")
@@ -115,54 +117,56 @@ def bench_preprocess(work: Path, frames: int, rounds: int) -> list[str]:
     data, out = work / "images", work / "preprocess"
     images = sorted(work.glob("cityscapes/leftImg8bit/val/*/*.png"))
     link_frames(images, data / "leftImg8bit/val/tiny", "_leftImg8bit.png", frames)
-    ways = {
-        "ours": script("intrada_preprocess.py", data, out / "ours"),
-        "plain": way("plain_preprocess", data, out / "plain"),
-        "lower bound": way("lower_bound_preprocess", data),
+    programs = {
+        "this project": script("intrada_preprocess.py", data, out / "this project"),
+        "straightforward": baseline("straightforward_preprocess", data, out / "straightforward"),
+        "lower bound": baseline("lower_bound_preprocess", data),
     }
-    runs = run_alternating(ways, out, rounds)
-    names = sorted(path.name for path in (out / "plain").iterdir())[:TINY_FRAMES]
-    same, differing, missing = filecmp.cmpfiles(out / "ours", out / "plain", names, shallow=False)
+    runs = run_alternating(programs, out, rounds)
+    names = sorted(path.name for path in (out / "straightforward").iterdir())[:TINY_FRAMES]
+    same, differing, missing = filecmp.cmpfiles(out / "this project", out / "straightforward", names, shallow=False)
     if differing or missing:
-        raise BenchmarkError(f"preprocess: ours and plain differ in {', '.join(differing + missing)}")
-    print(f"preprocess: ours and plain wrote the same bytes, distinct frames: {len(same)}")
+        raise BenchmarkError(
+            f"preprocess: this project and the straightforward loop differ in {', '.join(differing + missing)}"
+        )
+    print(f"preprocess: this project and the straightforward loop wrote the same bytes, distinct frames: {len(same)}")
     return format_rows("preprocess", frames, runs)
 
 
 def bench_export(work: Path, rounds: int) -> list[str]:
     weights, model = work / "cityscapes/tiny_intrada.pth", work / "tiny.onnx"
-    ways = {"ours": script("intrada_pth2onnx.py", weights, model, "--skip_verify")}
-    return format_rows("export", 1, run_alternating(ways, work / "export", rounds))
+    programs = {"this project": script("intrada_pth2onnx.py", weights, model, "--skip_verify")}
+    return format_rows("export", 1, run_alternating(programs, work / "export", rounds))
 
 
 def bench_infer(work: Path, rounds: int) -> list[str]:
-    """Infer the tiny frames; the logits in WORK/infer/ours are the input of bench_postprocess."""
+    """Infer the tiny frames; the logits in WORK/infer/this project are the input of bench_postprocess."""
     model, inputs, out = work / "tiny.onnx", work / "prep", work / "infer"
     run(script("intrada_preprocess.py", work / "cityscapes", inputs))
-    files = "--model", model, "--input", inputs, "--output", out, "--output_dirname", "ours"
-    ways = {
-        "ours": script("tools/infer.py", *files, "--batchsize", 1, "--overwrite"),
-        "plain": way("plain_infer", model, inputs, out / "plain"),
-        "lower bound": way("lower_bound_infer", model, inputs),
+    files = "--model", model, "--input", inputs, "--output", out, "--output_dirname", "this project"
+    programs = {
+        "this project": script("tools/infer.py", *files, "--batchsize", 1, "--overwrite"),
+        "straightforward": baseline("straightforward_infer", model, inputs, out / "straightforward"),
+        "lower bound": baseline("lower_bound_infer", model, inputs),
     }
-    return format_rows("infer", TINY_FRAMES, run_alternating(ways, out, rounds))
+    return format_rows("infer", TINY_FRAMES, run_alternating(programs, out, rounds))
 
 
 def bench_postprocess(work: Path, frames: int, rounds: int) -> list[str]:
     data, logits = work / "labels", work / "logits"
     labels = sorted(work.glob("cityscapes/gtFine/val/*/*.png"))
     link_frames(labels, data / "gtFine/val/tiny", "_gtFine_labelIds.png", frames)
-    link_frames(sorted(work.glob("infer/ours/*_1.bin")), logits, "_leftImg8bit_1.bin", frames)
-    ways = {
-        "ours": script("intrada_postprocess.py", data, logits),
-        "plain": way("plain_postprocess", data, logits),
-        "lower bound": way("lower_bound_postprocess", data, logits),
+    link_frames(sorted(work.glob("infer/this project/*_1.bin")), logits, "_leftImg8bit_1.bin", frames)
+    programs = {
+        "this project": script("intrada_postprocess.py", data, logits),
+        "straightforward": baseline("straightforward_postprocess", data, logits),
+        "lower bound": baseline("lower_bound_postprocess", data, logits),
     }
-    runs = run_alternating(ways, work / "postprocess", rounds)
-    ours, plain = (runs[name][-1].output.splitlines()[-1] for name in ("ours", "plain"))
-    if ours != plain:
-        raise BenchmarkError(f"postprocess: ours reports {ours}, plain {plain}")
-    print(f"postprocess: ours and plain report {ours}")
+    runs = run_alternating(programs, work / "postprocess", rounds)
+    found, expected = (runs[name][-1].output.splitlines()[-1] for name in ("this project", "straightforward"))
+    if found != expected:
+        raise BenchmarkError(f"postprocess: this project reports {found}, the straightforward loop {expected}")
+    print(f"postprocess: this project and the straightforward loop report {found}")
     return format_rows("postprocess", frames, runs)
 
 
@@ -177,11 +181,11 @@ def describe_host() -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time each stage against the plain way and against a lower bound.")
+    parser = argparse.ArgumentParser(description="Time each stage against a straightforward loop and a lower bound.")
     add = parser.add_argument
     add("--frames_preprocess", metavar="N", type=int, default=96, help="images (default: %(default)s)")
     add("--frames_postprocess", metavar="N", type=int, default=240, help="labels (default: %(default)s)")
-    add("--rounds", metavar="N", type=int, default=3, help="runs of each way (default: %(default)s)")
+    add("--rounds", metavar="N", type=int, default=3, help="runs of each program (default: %(default)s)")
     args = parser.parse_args(argv)
     if min(vars(args).values()) < 1:
         parser.error("every N must be 1 or more")

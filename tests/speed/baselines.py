@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Do a stage's work in the plain way, or only the part that no way can avoid; bench.py times these as processes.
+"""Do a stage's work by a straightforward loop, or only the part that cannot be avoided; bench.py times both.
 
-plain_preprocess DATA_DIR SAVE_DIR          textbook loop, one frame after the other
-lower_bound_preprocess DATA_DIR             decode and resize in threads
-plain_infer ONNX SAVE_DIR RESULT_DIR        read, run, write, one frame after the other
-lower_bound_infer ONNX SAVE_DIR             run on one frame in memory, once for each frame
-plain_postprocess DATA_DIR RESULT_DIR       full-size logits, argmax, bincount
-lower_bound_postprocess DATA_DIR RESULT_DIR read the logits and decode the labels in threads
+straightforward_preprocess DATA_DIR SAVE_DIR    textbook loop, one frame after the other
+lower_bound_preprocess DATA_DIR                 decode and resize in threads
+straightforward_infer ONNX SAVE_DIR RESULT_DIR  read, run, write, one frame after the other
+lower_bound_infer ONNX SAVE_DIR                 run on one frame in memory, once for each frame
+straightforward_postprocess DATA_DIR RESULT_DIR full-size logits, argmax, bincount
+lower_bound_postprocess DATA_DIR RESULT_DIR     read the logits and decode the labels in threads
 
-$ python3 tests/speed/ways.py plain_postprocess DATA_DIR RESULT_DIR
+$ python3 tests/speed/baselines.py straightforward_postprocess DATA_DIR RESULT_DIR
 mIoU = 90.17
 """
 
@@ -25,7 +25,7 @@ from PIL import Image
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.29 and later report to Microsoft otherwise
 
-# torch and onnxruntime are imported where they are used, so that a way starts with no more than it needs.
+# torch and onnxruntime are imported where they are used, so that a process starts with no more than it needs.
 
 MEAN_BGR = np.array((104.00698793, 116.66876762, 122.67891434), dtype=np.float32)
 LABEL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
@@ -48,7 +48,7 @@ def run_in_threads(function: Callable, frames: list) -> None:
         list(pool.map(function, frames))
 
 
-def plain_preprocess(data_dir: Path, save_dir: Path) -> None:
+def straightforward_preprocess(data_dir: Path, save_dir: Path) -> None:
     save_dir.mkdir()
     for path in find_images(data_dir):
         image = Image.open(path).convert("RGB").resize((1024, 512), Image.BICUBIC)
@@ -64,7 +64,7 @@ def lower_bound_preprocess(data_dir: Path) -> None:
     run_in_threads(decode_and_resize, find_images(data_dir))
 
 
-def plain_infer(model: Path, save_dir: Path, result_dir: Path) -> None:
+def straightforward_infer(model: Path, save_dir: Path, result_dir: Path) -> None:
     import onnxruntime
 
     result_dir.mkdir()
@@ -87,7 +87,7 @@ def lower_bound_infer(model: Path, save_dir: Path) -> None:
         session.run(None, {"image": image})
 
 
-def plain_postprocess(data_dir: Path, result_dir: Path) -> None:
+def straightforward_postprocess(data_dir: Path, result_dir: Path) -> None:
     import torch
 
     train_ids = np.full(256, IGNORED, np.uint8)
