@@ -61,25 +61,6 @@ COMMANDS = {
 }
 
 
-def refusal_to_user(*command: object) -> str:
-    """Return the message to a user who is not root, from a child process."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            if os.getuid() == 0:
-                os.setuid(65534)
-            message = refusal(*command)
-        except BaseException as error:
-            message = repr(error)
-        os.write(writer, message.encode())
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as file:
-        return file.read()
-
-
 @pytest.mark.parametrize(
     ("command", "unreadable"),
     [
@@ -97,7 +78,12 @@ def refusal_to_user(*command: object) -> str:
 )
 def test_a_folder_that_may_not_be_read_is_an_error_that_names_it(folder, command, unreadable):
     Path(unreadable).chmod(0)
-    message = refusal_to_user(*COMMANDS[command])
+    if os.getuid() == 0:
+        os.seteuid(65534)  # since root may read everything
+    try:
+        message = refusal(*COMMANDS[command])
+    finally:
+        os.seteuid(os.getuid())
     assert message.startswith(unreadable) and message.endswith(": Permission denied"), message
 
 
@@ -107,16 +93,13 @@ def test_a_city_that_is_a_broken_link_is_an_error_that_names_it(folder, command)
     assert refusal(*COMMANDS[command]) == "data/leftImg8bit/val/zurich: No such file or directory"
 
 
-def test_hidden_files_are_no_data_anywhere(folder, capsys):
+def test_hidden_files_are_no_data_anywhere(folder):
     """Archives made on a Mac hold ._<name> beside every file and folder."""
-    Path("new").mkdir()
     for path in [path for path in folder.rglob("*") if path.name[0] != "."]:
         (path.parent / f"._{path.name}").write_bytes(b"Mac OS X")
     Path("data/leftImg8bit/val/.cache").mkdir()
-    Path("new/._x.bin").touch()
     assert preprocess.main(["data", "new"]) == 0
-    assert "._x.bin" in capsys.readouterr().err  # which ais_bench would take
-    assert sorted(path.name for path in Path("new").iterdir())[1:] == [f"{frame}_leftImg8bit.bin" for frame in FRAMES]
+    assert sorted(path.name for path in Path("new").iterdir()) == [f"{frame}_leftImg8bit.bin" for frame in FRAMES]
     metrics = json.loads(Path("m.json").read_text())
     assert postprocess.main(["data", "r", "--json", "m2.json"]) == 0
     assert json.loads(Path("m2.json").read_text()) == metrics

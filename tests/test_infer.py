@@ -234,12 +234,6 @@ def test_a_missing_model_and_a_batch_beyond_memory_are_one_line(images):
     assert message == "out of memory at --batchsize 100000000; pass a smaller one"
 
 
-def test_a_folder_s_name_without_output_is_wrong_usage(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        tool.main(["--model", "x.onnx", "--output_dirname", "r"])
-    assert "--output_dirname needs --output" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
@@ -265,8 +259,12 @@ def test_the_results_of_two_ranks_are_those_of_one_process(images):
     assert {name: found[name] for name in found if name.endswith(".bin")} == contents("result/alone")
 
 
-def test_a_rank_without_frames_ends_well_and_without_a_folder_s_name_badly(images):
+def test_a_rank_without_frames_ends_well(images):
     assert "rank 3 of 4: provider cpu, frames: 0 (0 inferred, 0 kept)" in infer_as_rank(3, 4, *RUN)
+
+
+def test_wrong_usage_exits_2(images):
+    assert "--output_dirname needs --output" in run(SCRIPT, *RUN[:4], *RUN[6:], status=2).stderr
     assert "--output_dirname is required" in infer_as_rank(0, 4, *RUN[:-2], status=2)
 
 

@@ -289,7 +289,7 @@ def test_results_of_a_model_that_did_not_compute_are_warned_of(tmp_path, capsys,
     assert all(line.startswith("warning: ") and word in line for line in warnings)
 
 
-# ---------------------------------------------------------------------------------------------------- finding files
+# ---------------------------------------------------------------------------------------------------- reading files
 
 
 @pytest.mark.parametrize("folder", [".", "device0", "device1_1"])
@@ -356,9 +356,6 @@ def test_a_name_in_two_cities_is_refused(quarter):
 def test_folders_without_data_are_one_line_and_status_1(quarter):
     assert error_of(SCRIPT, quarter / "none", quarter / "r") == f"{quarter}/none/gtFine/val: No such file or directory"
     assert refusal(postprocess, quarter, quarter / "none") == f"{quarter}/none: No such file or directory"
-
-
-# ---------------------------------------------------------------------------------------------------- damaged files
 
 
 def test_damaged_files_are_counted_and_named(tmp_path):

@@ -53,10 +53,10 @@ def test_every_file_is_made_again_however_current_it_looks(tmp_path):
 
 
 def test_unexpected_files_are_reported(tmp_path, capsys):
-    for name in ("old.bin", "other.npy", "README.txt"):
+    for name in ("._old.bin", "other.npy", "README.txt"):
         (tmp_path / name).write_bytes(b"")
     preprocess.main([str(GOLDEN_DATA_DIR), str(tmp_path)])
-    assert "old.bin, other.npy\n" in capsys.readouterr().err
+    assert ": ._old.bin, other.npy\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
