@@ -24,7 +24,7 @@ from support import (
 )
 
 OLD_PYTHON = os.environ.get("OLD_PYTHON")
-NEEDS_OLD_PYTHON = pytest.mark.skipif(not OLD_PYTHON, reason="OLD_PYTHON names no interpreter, e.g. of Python 3.7")
+pytestmark = pytest.mark.skipif(not OLD_PYTHON, reason="OLD_PYTHON names no interpreter, e.g. of Python 3.7")
 
 
 def run_old(folder: Path, script: str, *args: object) -> str:
@@ -36,14 +36,12 @@ def run_old(folder: Path, script: str, *args: object) -> str:
     return done.stdout
 
 
-@NEEDS_OLD_PYTHON
 def test_an_old_python_exports_the_same_bytes(tmp_path):
     torch.save(pth2onnx.DeepLabV2().state_dict(), tmp_path / "x.pth")
     run_old(tmp_path, "intrada_pth2onnx.py", "x.pth", "old.onnx")
     assert (tmp_path / "old.onnx").read_bytes() == pth2onnx.write_graph(pth2onnx.load_network(tmp_path / "x.pth"))
 
 
-@NEEDS_OLD_PYTHON
 def test_an_old_python_gives_the_golden_results_and_runs_every_tool(tmp_path):
     run_old(tmp_path, "intrada_preprocess.py", GOLDEN_DATA_DIR, "prep")
     content = (tmp_path / "prep" / f"{GOLDEN_FRAME}_leftImg8bit.bin").read_bytes()
