@@ -61,7 +61,7 @@ run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and
 		--perf "$(OUT)/result/$(RUN)_summary.json" --output "$(REPORT)"
 	@echo "report: file://$$(realpath "$(REPORT)")"
 
-$(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py tests/tiny_fit.npz intrada_pth2onnx.py | $(STAMP)
+$(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py tests/tiny_fit.npz $(wildcard tests/tiny/*.png) intrada_pth2onnx.py | $(STAMP)
 	$(BIN)/python tests/tiny_cityscapes.py "$(TINY)"
 
 test: $(DEV)  ## run the tests

@@ -141,9 +141,9 @@ def test_weights_that_do_not_fit_are_named_by_kind(probe, tmp_path):
     wrong["bn1.weight"] = torch.full((64,), 1e300, dtype=torch.float64)  # which float32 cannot hold
     torch.save(wrong, tmp_path / "x.pth")
     message = refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx")
-    assert "8 missing (layer6.conv2d_list.0.bias, layer6.conv2d_list.0.weight, " in message
-    assert "); 1 unexpected (fc.weight); 1 of another shape (conv1.weight); " in message
-    assert message.endswith("; 3 not finite floats (bn1.bias, bn1.weight, layer1.0.bn1.bias)")
+    assert ": missing: layer6.conv2d_list.0.bias, layer6.conv2d_list.0.weight, " in message
+    assert ", ... (8 in all); unexpected: fc.weight; of another shape: conv1.weight; " in message
+    assert message.endswith("; not finite floats: bn1.bias, bn1.weight, layer1.0.bn1.bias")
 
 
 def test_the_export_has_what_atc_takes(exported):
