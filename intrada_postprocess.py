@@ -3,7 +3,8 @@
 
     RESULT_DIR/<frame>_leftImg8bit_1.bin                         main logits, float32 or float16, (19, 65, 129)
     DATA_DIR/gtFine/<split>/<city>/<frame>_gtFine_labelIds.png   ground truth, uint8, 2048 x 1024, ids 0 to 34
- -> a table on stdout, and with --json all metrics and the confusion matrix
+    RESULT_DIR_summary.json                                      what inferred, beside the folder
+ -> a table on stdout, and with --json the run's record: all metrics, the summary, where the files are
  -> DIR/<frame>_predicted_labelIds.png, with --save_labels       prediction, uint8, label ids, of the label's size
  -> DIR/<frame>_predicted_color.png, with --save_colors          the same in Cityscapes' colors, a palette PNG
 
@@ -23,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +66,6 @@ CATEGORIES = list(dict.fromkeys(category for _, _, category, _ in CLASSES))
 CATEGORY_OF = np.array([CATEGORIES.index(category) for _, _, category, _ in CLASSES])
 PALETTE = bytes.fromhex("".join(color[1:] for _, _, _, color in CLASSES))
 LARGEST_LABEL_ID = 34
-ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class InputError(Exception):
@@ -82,34 +83,38 @@ class Frame(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- finding files
 
 
-def find_frames(data_dir: Path, split: str, result_dir: Path) -> list[Frame]:
-    """Find the label and the main logits of every frame of the split, in the order of the labels' paths.
-
-    Raises:
-        InputError: a file is missing, labels and images do not match one to one, or the logits' types are mixed.
-    """
-    labels = find_by_frame(data_dir / "gtFine" / split, LABEL_ENDING)
+def find_labels(data_dir: Path, split: str) -> dict[str, Path]:
+    """Find the label of every frame of the split, sorted by path; InputError if they do not match the images."""
+    label_dir, image_dir = data_dir / "gtFine" / split, data_dir / "leftImg8bit" / split
+    labels = find_by_frame(label_dir, LABEL_ENDING) if is_there(label_dir) else {}
     if not labels:
-        raise InputError(
-            f"{data_dir}/gtFine/{split}: no <city>/<frame>{LABEL_ENDING}; DATA_DIR is the folder above gtFine"
-        )
-    image_dir = data_dir / "leftImg8bit" / split
+        raise InputError(f"{label_dir}: no <city>/<frame>{LABEL_ENDING}; DATA_DIR is the folder that holds gtFine")
     images = find_by_frame(image_dir, IMAGE_ENDING) if is_there(image_dir) else labels
     if labels.keys() != images.keys():
         unmatched = sorted(labels.keys() ^ images.keys())
         raise InputError(f"{data_dir}: frames of {split} with only one of image and label: {first_five(unmatched)}")
-    stem_of = {frame: f"{frame}_leftImg8bit_1" for frame in labels}
+    return labels
+
+
+def find_frames(labels: dict[str, Path], result_dir: Path, limit: int | None) -> list[Frame]:
+    """Find the main logits of every frame, or of the first ones only.
+
+    Raises:
+        InputError: a file is missing, or the logits' types are mixed.
+    """
     logits = find_logits(result_dir)
-    missing = [frame for frame, stem in stem_of.items() if stem not in logits]
+    frames = [Frame(name, label, logits.get(f"{name}_leftImg8bit_1")) for name, label in labels.items()][:limit]
+    missing = [frame.name for frame in frames if not frame.logits]
     if missing:
+        is_npy = any(path.name.endswith("_1.npy") for path in list_folder(result_dir))
+        remedy = "use ais_bench's --outfmt BIN" if is_npy else "infer them first, and pass e.g. result/result_bs1"
         raise InputError(
-            f"{result_dir}: no <frame>_leftImg8bit_1.bin for {len(missing)} of {len(labels)} frames; infer them first, "
-            f"and pass e.g. result/result_bs1: {first_five(missing)}"
+            f"{result_dir}: no <frame>_leftImg8bit_1.bin for {len(missing)} of {len(frames)} frames; {remedy}: "
+            f"{first_five(missing)}"
         )
-    others = sorted(stem for stem in logits.keys() - set(stem_of.values()) if stem.endswith("_1"))
+    others = sorted({stem for stem in logits if stem.endswith("_1")} - {f"{name}_leftImg8bit_1" for name in labels})
     if others:
         warn(f"{result_dir}: ignored, not of this split: {first_five(others)}")
-    frames = [Frame(frame, label, logits[stem_of[frame]]) for frame, label in labels.items()]
     halves = [frame.logits.name for frame in frames if frame.logits.stat().st_size == 2 * LOGITS_SIZE]
     if 0 < len(halves) < len(frames):  # half of float32 logits that were rounded to float16 is finite as float16
         raise InputError(f"{result_dir}: float16 among float32 logits, or truncated ones: {first_five(halves)}")
@@ -131,24 +136,16 @@ def find_by_frame(folder: Path, ending: str) -> dict[str, Path]:
 
 
 def find_logits(result_dir: Path) -> dict[str, Path]:
-    """Find `<frame>_<output>.bin` in a folder and in the folders of several devices below it.
-
-    Returns:
-        The paths by stem.
-
-    Raises:
-        InputError: a stem occurs twice.
-    """
+    """Find `<frame>_<output>.bin` by stem, in a folder and in those of several devices below it."""
     logits: dict[str, Path] = {}
     entries = list_folder(result_dir)
     for device in [path for path in entries if path.name.startswith("device")]:
         entries += list_folder(device)
-    for path in [path for path in entries if re.fullmatch(r".+_[0-9]+\.bin", path.name)]:
-        if logits.setdefault(path.stem, path) != path:
-            raise InputError(
-                f"{logits[path.stem]} and {path} are results of the same frame; pass one of the folders, or infer into "
-                "a new one, on several devices with ais_bench's --divide_input 1"
-            )
+    for path in entries:
+        is_result = re.fullmatch(r"(?!pure_infer_data).+_[0-9]+\.bin", path.name)
+        if is_result and logits.setdefault(path.stem, path) != path:
+            remedy = "pass one of the folders, or infer again with ais_bench's --divide_input 1"
+            raise InputError(f"{logits[path.stem]} and {path} are results of the same frame; {remedy}")
     return logits
 
 
@@ -189,35 +186,42 @@ def read_logits(path: Path) -> np.ndarray:
     """
     content = path.read_bytes()
     if len(content) not in (2 * LOGITS_SIZE, 4 * LOGITS_SIZE):
-        raise InputError(
-            f"{path}: {len(content)} bytes; expected {LOGITS_SHAPE}, float32 ({4 * LOGITS_SIZE} bytes) or float16 "
-            f"({2 * LOGITS_SIZE} bytes); delete it and infer again"
-        )
+        expected = f"{4 * LOGITS_SIZE} (float32) or {2 * LOGITS_SIZE} (float16)"
+        raise InputError(f"{path}: {len(content)} bytes; expected {expected}; delete it and infer again")
     logits = np.frombuffer(content, "<f4" if len(content) == 4 * LOGITS_SIZE else "<f2").reshape(LOGITS_SHAPE)
     if not np.isfinite(logits).all():
         raise InputError(f"{path}: NaN or Inf, typically an FP16 overflow")
     return logits.astype(np.float32, copy=False)
 
 
-def find_model(result_dir: Path) -> str | None:
-    """Read which model the results are of, as its SHA-256, from the summaries of tools/infer.py; None without any.
+def read_summaries(folders: list[Path]) -> list[dict]:
+    """Read what inferred: the `<folder>_summary.json` beside each folder of logits, of ais_bench or tools/infer.py.
+
+    Its lists of files and of single times are left out, `file` (its name) and `date` are added. One that is missing or
+    damaged is left out with a warning.
 
     Raises:
-        InputError: those of several devices name different models.
+        InputError: they name different models.
     """
-    folder = result_dir.resolve()
-    paths = [path for path in list_folder(folder) if path.name.endswith("_summary.json")]
-    paths.append(folder.parent / f"{folder.name}_summary.json")
-    models = {str(read_json(path).get("model_sha256", "")) for path in paths} - {""}
+    summaries = []
+    for path in [folder.with_name(f"{folder.name}_summary.json") for folder in folders]:
+        summary = read_json(path)
+        if summary:
+            date = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
+            kept = {key: value for key, value in summary.items() if key != "filesinfo" and not key.endswith("_list")}
+            summaries.append({"file": path.name, "date": date, **kept})
+        else:
+            warn(f"{path}: missing or damaged; what inferred these logits is not known")
+    models = {str(summary["model_sha256"]) for summary in summaries if "model_sha256" in summary}
     if len(models) > 1:
-        raise InputError(f"{result_dir}: results of several models: {first_five(sorted(models))}")
-    return models.pop() if models else None
+        raise InputError(f"{folders[0]}: results of several models: {first_five(sorted(models))}")
+    return summaries
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON object; empty if there is none, or if it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -256,9 +260,8 @@ def read_label(path: Path) -> np.ndarray:
     """
     label = np.asarray(read_png(path, "L"))
     if label.max() > LARGEST_LABEL_ID:
-        raise InputError(
-            f"{path}: label id {label.max()}; expected 0 to {LARGEST_LABEL_ID}: labelIds, not labelTrainIds or color"
-        )
+        expected = f"0 to {LARGEST_LABEL_ID}: labelIds, not labelTrainIds or color"
+        raise InputError(f"{path}: label id {label.max()}; expected {expected}")
     return label
 
 
@@ -364,10 +367,7 @@ def score(frame: Frame, save_labels: Path | None, save_colors: Path | None) -> n
 def score_all(
     frames: list[Frame], save_labels: Path | None, save_colors: Path | None, workers: int
 ) -> list[np.ndarray]:
-    """Score frames in threads; numpy and Pillow release the GIL while they work.
-
-    Returns:
-        (19, 19) int64 for each frame.
+    """Score frames in threads, since numpy and Pillow release the GIL; return (19, 19) int64 for each.
 
     Raises:
         InputError: counts and names the damaged files.
@@ -426,6 +426,17 @@ def summarise(frames: list[Frame], confusions: list[np.ndarray]) -> dict:
     }
 
 
+def describe_run(args: argparse.Namespace, is_limited: bool) -> dict:
+    """Note what is scored, with absolute paths."""
+    return {
+        "split": args.split,
+        **({"limit": args.limit} if is_limited else {}),
+        "data_dir": str(args.data_dir.resolve()),
+        "result_dir": str(args.result_dir.resolve()),
+        "label_maps": str(args.save_labels.resolve()) if args.save_labels else None,
+    }
+
+
 def summarise_frame(name: str, confusion: np.ndarray) -> dict:
     """Compute the metrics of one frame, None where there is nothing to count."""
     return {
@@ -449,8 +460,11 @@ def compare_with_expected(miou: float, expected: float, tolerance: float) -> dic
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
-def warn_if_suspicious(metrics: dict) -> None:
-    """Warn of what a working model does not predict, and of what real labels do not hold."""
+def warn_if_suspicious(metrics: dict, frames: list[Frame]) -> None:
+    """Warn of what a working model does not predict, and of what Cityscapes' labels are not."""
+    resized = [frame.name for frame in frames if Image.open(frame.label).size != (2048, 1024)]
+    if resized:
+        warn(f"labels that are not 2048 x 1024, whose mIoU is not comparable: {first_five(resized)}")
     confusion = np.array(metrics["confusion_matrix"])
     if not confusion[LABEL_IDS.searchsorted(20) :].any():
         warn("no label id above 19 in the whole split: are these labelTrainIds? Expected *_gtFine_labelIds.png")
@@ -474,8 +488,9 @@ def format_table(metrics: dict) -> str:
         expected, miou = metrics["expected"], 100 * metrics["miou"]
         near = f"within {expected['tolerance']} of {expected['percent']:.4f}"
         see = 'see "The mIoU is not the expected one" in docs/troubleshooting.md'
-        passed, failed = f"PASS: {miou:.4f} is {near}", f"FAIL: {miou:.4f} is not {near}; {see}"
-        lines.append("\n" + (passed if expected["passed"] else failed))
+        lines.append(
+            f"\nPASS: {miou:.4f} is {near}" if expected["passed"] else f"\nFAIL: {miou:.4f} is not {near}; {see}"
+        )
     return "\n".join(lines)
 
 
@@ -501,8 +516,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("data_dir", metavar="DATA_DIR", type=Path, help="Cityscapes; holds gtFine/")
     add("result_dir", metavar="RESULT_DIR", type=Path, help="folder of logits, e.g. result/result_bs1")
     add("--split", default="val", help="folder below gtFine (default: %(default)s)")
+    add("--limit", metavar="N", type=at_least_one, help="score the first N frames only (default: all)")
     add("--workers", metavar="N", type=at_least_one, default=count_cpus(), help="threads (default: one per CPU)")
-    add("--json", metavar="FILE", type=Path, help="write all metrics and the confusion matrix here")
+    add("--json", metavar="FILE", type=Path, help="write the run's record here: all metrics and what inferred")
     add("--save_labels", metavar="DIR", type=Path, help="write each prediction here, as a PNG of label ids")
     add("--save_colors", metavar="DIR", type=Path, help="write each prediction here, as a PNG in Cityscapes' colors")
     add("--expect", metavar="PERCENT", type=float, help="expected mIoU; exit status 1 if it is missed")
@@ -516,7 +532,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    frames = find_frames(args.data_dir, args.split, args.result_dir)
+    labels = find_labels(args.data_dir, args.split)
+    frames = find_frames(labels, args.result_dir, args.limit)
+    summaries = read_summaries(sorted({frame.logits.resolve().parent for frame in frames}))
     confusions = score_all(frames, args.save_labels, args.save_colors, args.workers)
     for kind, folder in (("label", args.save_labels), ("color", args.save_colors)):
         if folder:
@@ -525,13 +543,16 @@ def main(argv: list[str] | None = None) -> int:
         if (args.save_labels or args.save_colors) and not args.json and args.expect is None:
             return 0
         raise InputError(f"{args.data_dir}/gtFine/{args.split}: no pixel of any label has a class")
-    metrics = {"split": args.split, "result_dir": str(args.result_dir.resolve())}
-    metrics.update(model_sha256=find_model(args.result_dir), **summarise(frames, confusions))
+    metrics = {
+        **describe_run(args, is_limited=len(frames) < len(labels)),
+        "summaries": summaries,
+        **summarise(frames, confusions),
+    }
     if args.expect is not None:
         metrics["expected"] = compare_with_expected(metrics["miou"], args.expect, args.tolerance)
     if args.json:  # before printing, which a closed pipe ends
         args.json.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    warn_if_suspicious(metrics)
+    warn_if_suspicious(metrics, frames)
     print(format_table(metrics))
     return int("expected" in metrics and not metrics["expected"]["passed"])
 
@@ -539,32 +560,26 @@ def main(argv: list[str] | None = None) -> int:
 def run_script(main: Callable[[], int], umask: int = 0o022, unwind: bool = False) -> None:
     """Run a script's main and exit: a mistake of the user is one line on stderr, a signal ends it at once.
 
-    With `unwind` a signal is raised as KeyboardInterrupt first, which ends child processes and removes temporary files.
+    With `unwind` the signal first raises KeyboardInterrupt, which ends child processes and removes temporary files.
     """
-    received = []
 
     def interrupt(number: int, _: object) -> None:
-        for ending in ENDING_SIGNALS:
-            signal.signal(ending, signal.SIG_IGN)
-        received.append(number)
-        raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
 
-    for number in ENDING_SIGNALS if unwind else (signal.SIGINT,):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background set it
             signal.signal(number, interrupt if unwind else signal.SIG_DFL)
     os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
-    except InputError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from None
-    except OSError as error:
-        raise SystemExit(
-            f"{Path(sys.argv[0]).name}: error: {error.filename or 'output'}: {error.strerror or error}"
-        ) from None
-    except KeyboardInterrupt:
-        signal.signal(received[0], signal.SIG_DFL)
-        os.kill(os.getpid(), received[0])
+    except (InputError, OSError) as error:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else error
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {reason}") from None
+    except KeyboardInterrupt as interruption:
+        signal.signal(interruption.args[0], signal.SIG_DFL)
+        os.kill(os.getpid(), interruption.args[0])
 
 
 if __name__ == "__main__":

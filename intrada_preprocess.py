@@ -42,10 +42,14 @@ def find_images(data_dir: Path, split: str) -> list[Path]:
         InputError: there are none, or their names would clash or be truncated in the flat SAVE_DIR.
     """
     folder = data_dir / "leftImg8bit" / split
-    images = [path for city in list_folder(folder) for path in list_folder(city)]
-    images = [path for path in images if path.name.endswith("_leftImg8bit.png")]
+    try:
+        cities = list_folder(folder)
+    except FileNotFoundError:
+        cities = []
+    images = [path for city in cities for path in list_folder(city) if path.name.endswith("_leftImg8bit.png")]
     if not images:
-        raise InputError(f"{folder}: no <city>/<frame>_leftImg8bit.png; DATA_DIR is the folder that holds leftImg8bit")
+        remedy = "DATA_DIR is the folder that holds leftImg8bit; other images are for tools/segment.py"
+        raise InputError(f"{folder}: no <city>/<frame>_leftImg8bit.png; {remedy}")
     by_name = {path.name: path for path in images}
     duplicates = [path.name for path in images if by_name[path.name] != path]
     if duplicates:
@@ -139,8 +143,9 @@ def warn_of_other_files(save_dir: Path, images: list[Path]) -> None:
     present = {path.name for path in save_dir.iterdir() if path.suffix.lower() in (".bin", ".npy")}
     others = sorted(present - {f"{image.stem}.bin" for image in images})
     if others:
-        print(f"warning: {save_dir}: not of this split, but ais_bench will infer them too: {first_five(others)}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {save_dir}: other files, which ais_bench will infer too: {first_five(others)}", file=sys.stderr
+        )
 
 
 def count_cpus() -> int:
@@ -162,6 +167,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("save_dir", metavar="SAVE_DIR", type=Path, help="folder to write to")
     parser.add_argument("--split", default="val", help="folder below leftImg8bit (default: %(default)s)")
     parser.add_argument(
+        "--limit", metavar="N", type=at_least_one, help="convert the first N images only (default: all)"
+    )
+    parser.add_argument(
         "--workers", metavar="N", type=at_least_one, default=count_cpus(), help="threads (default: one per CPU)"
     )
     return parser.parse_args(argv)
@@ -169,7 +177,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    images = find_images(args.data_dir, args.split)
+    images = find_images(args.data_dir, args.split)[: args.limit]
     errors = convert_all(images, args.save_dir, args.workers)
     warn_of_other_files(args.save_dir, images)
     if errors:
@@ -185,9 +193,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
-    except InputError as error:
-        raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
-    except OSError as error:
-        raise SystemExit(
-            f"{Path(__file__).name}: error: {error.filename or 'output'}: {error.strerror or error}"
-        ) from None
+    except (InputError, OSError) as error:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else error
+        raise SystemExit(f"{Path(__file__).name}: error: {reason}") from None

@@ -1,0 +1,208 @@
+"""METRICS.json as the record of a run: what inferred it, where its files are, how many frames were scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import intrada_postprocess as postprocess
+import intrada_preprocess as preprocess
+from support import GOLDEN_DATA_DIR, add_frame, ascend_environment, refusal, run, save_frames, save_small_model
+from tools import report
+
+FRAMES = [f"ulm_000000_{n:06}" for n in range(4)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder: x.onnx, x_bs1.om, prep/ and data/ of four frames."""
+    monkeypatch.chdir(tmp_path)
+    save_small_model(Path("x.onnx"))
+    Path("x_bs1.om").write_text(json.dumps({"onnx": "x.onnx", "batch": 1, "frame_shape": [3, 512, 1024]}))
+    save_frames(Path("prep"), FRAMES)
+    for frame, label in zip(FRAMES, np.random.default_rng(0).integers(0, 19, (4, 65, 129))):
+        add_frame(Path("data"), frame, label, label)
+    return tmp_path
+
+
+def infer(dirname: str, *options: object, **settings: str) -> None:
+    options = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", dirname, *options
+    run("tools/infer.py", *options, env={**os.environ, **settings})
+
+
+def infer_on_an_npu(dirname: str, *options: str) -> None:
+    command = [sys.executable, "-m", "ais_bench", "--model", "x_bs1.om", "--input", "prep", "--output", "result"]
+    command += ["--output_dirname", dirname, "--batchsize", "1", *options]
+    subprocess.run(command, env=ascend_environment(), check=True, stdout=subprocess.DEVNULL)
+
+
+def score(result_dir: str, *options: object) -> dict:
+    assert postprocess.main(["data", result_dir, "--json", "m.json", *map(str, options)]) == 0
+    return json.loads(Path("m.json").read_text())
+
+
+def page_of(*metrics: str) -> str:
+    assert report.main(list(metrics)) == 0
+    return Path("report.html").read_text()
+
+
+def test_the_record_says_what_inferred_and_where_all_is(folder):
+    infer("r")
+    infer_on_an_npu("npu")
+    summary = json.loads(Path("result/r_summary.json").read_text())
+    record = score("result/r", "--save_labels", "labels")
+    assert record["summaries"] == [{"file": "r_summary.json", **summary}]
+    assert summary["model_sha256"] == hashlib.sha256(Path("x.onnx").read_bytes()).hexdigest()
+    places = [str(folder / name) for name in ("data", "result/r", "labels")]
+    assert [record[key] for key in ("data_dir", "result_dir", "label_maps")] == places
+    assert "limit" not in record
+
+    os.utime("result/npu_summary.json", (1e9, 1e9))  # 2001-09-09
+    (summary,) = score("result/npu")["summaries"]
+    whole = json.loads(Path("result/npu_summary.json").read_text())
+    assert (summary.pop("file"), summary.pop("date")) == ("npu_summary.json", "2001-09-09")
+    assert summary == {key: value for key, value in whole.items() if key != "filesinfo"}
+
+
+def test_a_record_keeps_its_own_run_when_the_folder_is_inferred_again(folder):
+    infer_on_an_npu("r")
+    score("result/r")
+    shutil.rmtree("result/r")
+    Path("result/r_summary.json").unlink()
+    infer("r")
+    page = page_of("m.json")
+    assert "Ascend, ais_bench" in page and "ONNX Runtime" not in page
+
+
+def test_each_device_has_its_own_summary_and_a_stale_one_is_of_none(folder, capsys):
+    infer("r")  # one process
+    stale = Path("result/r_summary.json").read_bytes()
+    shutil.rmtree("result/r")
+    for rank in "01":
+        infer("r", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0")
+    assert Path("result/r_summary.json").read_bytes() == stale
+    record = score("result/r")
+    assert [summary["file"] for summary in record["summaries"]] == ["device0_summary.json", "device1_summary.json"]
+    speeds = [summary["throughput"] for summary in record["summaries"]]
+    assert f"<td>{sum(speeds):.2f}</td>" in page_of("m.json")
+    for frame in FRAMES[1::2]:
+        (label,) = Path("data/gtFine/val").glob(f"*/{frame}_*")
+        label.unlink()
+    capsys.readouterr()
+    assert [summary["file"] for summary in score("result/r/device0")["summaries"]] == ["device0_summary.json"]
+    assert "_summary.json" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [(), ("--divide_input", "1")])
+def test_two_npus_have_two_summaries_or_give_two_results_of_a_frame(folder, form):
+    infer_on_an_npu("r", "--device", "0,1", *form)
+    if form:
+        assert [summary["throughput"] for summary in score("result/r")["summaries"]] == [1.0, 1.0]
+        assert "device 0,1" in page_of("m.json")
+    else:
+        assert "results of the same frame" in refusal(postprocess, "data", "result/r")
+
+
+def test_devices_of_several_models_are_refused(folder):
+    infer("r", RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    save_small_model(Path("x.onnx"), seed=1)
+    infer("r", RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert "results of several models" in refusal(postprocess, "data", "result/r")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"throughput": NaN}'])
+def test_a_missing_or_damaged_summary_is_left_out_with_a_warning(folder, capsys, content):
+    infer("r")
+    path = Path("result/r_summary.json")
+    path.unlink() if content is None else path.write_text(content)
+    assert score("result/r")["summaries"] == []
+    assert f"warning: {folder}/result/r_summary.json: missing or damaged; " in capsys.readouterr().err
+    assert "model</dt><dd>unknown" in page_of("m.json")
+
+
+# ---------------------------------------------------------------------------------------------------- --limit
+
+
+def test_the_first_frames_are_scored_and_the_record_says_so(folder, capsys):
+    infer("r")
+    whole = score("result/r")
+    assert score("result/r", "--limit", 4) == whole
+    capsys.readouterr()
+    record = score("result/r", "--limit", 2)
+    assert "not of this split" not in capsys.readouterr().err
+    assert (record["limit"], record["frames"]) == (2, 2)
+    assert record["per_frame"] == whole["per_frame"][:2]
+    assert "mIoU of the first 2 frames of val" in " ".join(page_of("m.json").split())
+    for path in Path("result/r").glob(f"{FRAMES[3]}*"):
+        path.unlink()
+    assert score("result/r", "--limit", 3)["frames"] == 3
+    assert f"for 1 of 4 frames; infer them first, and pass e.g. result/result_bs1: {FRAMES[3]}" in refusal(
+        postprocess, "data", "result/r"
+    )
+
+
+def test_labels_and_images_are_matched_before_the_limit(folder):
+    infer("r")
+    shutil.copytree("data/gtFine", "data/leftImg8bit")
+    for path in Path("data/leftImg8bit").glob("val/*/*"):
+        if FRAMES[3] not in path.name:
+            path.rename(path.with_name(path.name.replace("_gtFine_labelIds", "_leftImg8bit")))
+    assert f"only one of image and label: {FRAMES[3]}" in refusal(postprocess, "data", "result/r", "--limit", 1)
+
+
+def test_the_first_images_are_converted_and_those_of_an_earlier_run_are_warned_of(folder, capsys):
+    (image,) = GOLDEN_DATA_DIR.glob("leftImg8bit/val/*/*.png")
+    for city, frame in (("ulm", "ulm_0"), ("bonn", "bonn_1"), ("bonn", "bonn_0")):
+        path = Path(f"d/leftImg8bit/val/{city}/{frame}_leftImg8bit.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(str(image), str(path))
+    assert preprocess.main(["d", "p", "--limit", "2"]) == 0
+    assert capsys.readouterr().out == "frames written to p: 2\n"
+    assert sorted(path.name[:6] for path in Path("p").iterdir()) == ["bonn_0", "bonn_1"]
+    assert preprocess.main(["d", "p", "--limit", "1"]) == 0
+    assert "warning: p: other files, which ais_bench will infer too: bonn_1_leftImg8bit.bin" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- suspicious data
+
+
+def test_labels_of_another_size_are_warned_of(folder, capsys):
+    infer("r")
+    score("result/r")
+    assert (
+        f"warning: labels that are not 2048 x 1024, whose mIoU is not comparable: {FRAMES[0]}, "
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("data_dir", "words"),
+    [
+        (
+            "prep",
+            "prep/leftImg8bit/val: no <city>/<frame>_leftImg8bit.png; DATA_DIR is the folder that holds leftImg8bit",
+        ),
+        ("d/leftImg8bit", "leftImg8bit/leftImg8bit/val: no <city>"),
+    ],
+)
+def test_the_commonest_wrong_folders_are_told_what_data_dir_is(folder, data_dir, words):
+    Path("d/leftImg8bit/val").mkdir(parents=True)
+    message = refusal(preprocess, data_dir, "out")
+    assert words in message and "tools/segment.py" in message
+    assert "DATA_DIR is the folder that holds gtFine" in refusal(postprocess, data_dir, "data/r")
+    assert not Path("out").exists()
+
+
+def test_logits_of_another_format_name_ais_bench_s_option(folder):
+    Path("r").mkdir()
+    for frame in FRAMES:
+        Path(f"r/{frame}_leftImg8bit_1.npy").touch()
+    assert "for 4 of 4 frames; use ais_bench's --outfmt BIN: " in refusal(postprocess, "data", "r")
