@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import intrada_postprocess as postprocess
-from support import LABEL_IDS, ROOT, error_of, refusal, run
+from support import LABEL_IDS, error_of, refusal, run
 from tools import report
 
 SCRIPT = "tools/report.py"
@@ -28,7 +28,26 @@ LABEL_ID_OF = np.array([*LABEL_IDS, 3], np.uint8)
 SIZE = 128, 64  # width, height of the frames
 FRAMES = [f"ulm_000000_{n:06}" for n in range(7)]
 ROAD, SIDEWALK, BUILDING, SKY, IGNORED = 0, 1, 2, 10, 19
-OURS = "x.onnx, batch 1, ONNX Runtime, CPU"
+AIS_BENCH = {
+    "file": "result_bs1_summary.json",
+    "date": "2001-09-09",
+    "args": ["ais_bench", "--model", "/models/x_bs4.om", "--batchsize", "4", "--device", "1"],
+    "NPU_compute_time": {"mean": 91.66, "percentile(99%)": 92.66, "count": 50},
+    "throughput": 43.64,
+}
+INFER = {
+    **AIS_BENCH,
+    "date": "2026-11-25",
+    "NPU_compute_time": {"mean": 4000, "percentile(99%)": 4001, "count": 50},
+    "throughput": 0.25,
+    "end_to_end_throughput": 0.24,
+    "model": "/secret/x.onnx",
+    "model_sha256": "0123456789abcdef" * 4,
+    "batchsize": 1,
+    "provider": "cpu",
+    "device": 0,
+    "versions": {"onnxruntime": "1.32.0"},
+}
 
 
 class Page(html.parser.HTMLParser):
@@ -92,8 +111,9 @@ def folder(tmp_path, monkeypatch) -> Path:
         wrong = (truth == SIDEWALK) & (np.arange(128) < 5 * n) | (truth == BUILDING) & (np.arange(128) > 110)
         confusions.append(add_frame(tmp_path, frame, truth, np.where(wrong, ROAD, truth % 19)))
     frames = [postprocess.Frame(frame, tmp_path, tmp_path) for frame in FRAMES]
-    metrics = {"split": "val", "result_dir": "result/result_bs1", **postprocess.summarise(frames, confusions)}
-    (tmp_path / "m.json").write_text(json.dumps(metrics))
+    record = {"split": "val", "data_dir": str(tmp_path), "result_dir": "result/result_bs1", "summaries": []}
+    record["label_maps"] = str(tmp_path / "labels")
+    (tmp_path / "m.json").write_text(json.dumps({**record, **postprocess.summarise(frames, confusions)}))
     return tmp_path
 
 
@@ -107,26 +127,8 @@ def change(folder: Path, name: str, **changes: Any) -> Path:
     return folder / name
 
 
-def add_summary(path: Path, fps: float = 43.64, mean_ms: float = 91.66, **more: Any) -> Path:
-    """Write a summary as ais_bench does, or with `more` as tools/infer.py does."""
-    times = {"mean": mean_ms, "percentile(99%)": mean_ms + 1, "count": 50}
-    args = ["ais_bench", "--model", "/models/x_bs4.om", "--batchsize", "4", "--device", "1"]
-    path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text(json.dumps({"NPU_compute_time": times, "throughput": fps, "args": args, **more}))
-    os.utime(path, (1e9, 1e9))  # 2001-09-09
-    return path
-
-
-def add_infer_summary(path: Path, **more: Any) -> Path:
-    ours = {"model": "/secret/x.onnx", "model_sha256": "0123456789abcdef" * 4, "date": "2026-11-25", "batchsize": 1}
-    ours |= {"provider": "cpu", "device": 0, "end_to_end_throughput": 0.24, "versions": {"onnxruntime": "1.32.0"}}
-    return add_summary(path, 0.25, 4000, **{**ours, **more})
-
-
-def make_page(folder: Path, *args: object, metrics: tuple[str, ...] = ("m.json",), frames: bool = True) -> Page:
-    images = ("--labels", folder / "labels", "--data", folder) if frames else ()
-    command = [*(folder / name for name in metrics), *images, *args, "--output", folder / "page.html"]
-    assert report.main([str(arg) for arg in command]) == 0
+def make_page(folder: Path, *args: object, metrics: tuple[str, ...] = ("m.json",)) -> Page:
+    assert report.main([*metrics, *map(str, args), "--output", "page.html"]) == 0
     return Page(folder / "page.html")
 
 
@@ -174,102 +176,72 @@ def test_the_matrix_has_a_row_for_each_class_of_the_ground_truth(folder):
 
 
 def test_a_published_miou_is_shown_for_500_frames_of_val_only(folder):
-    rows = [{"frame": f"{n}", "miou": 0.5} for n in range(500)]
+    rows = [{"frame": f"{n}", "miou": 0.5, "pixel_accuracy": 0.5} for n in range(500)]
     change(folder, "val.json", per_frame=rows)
     change(folder, "train.json", per_frame=rows, split="train")
-    page = make_page(folder, metrics=("val.json", "train.json", "m.json"), frames=False)
+    page = make_page(folder, metrics=("val.json", "train.json"))
     assert page.text.count(f"published: 47.01 %, {100 * read(folder)['miou'] - 47.01:+.2f} points") == 1
     assert page.text.count("published: ") == 1
     assert "the 500 frames of val: 47.01 %; 47.52 frames/s at batch 1, 43.64 frames/s at batch 4, " in page.text
-    assert "Published figures" not in make_page(folder, frames=False).text
+    assert "Published figures" not in make_page(folder).text
 
 
-def test_what_ran_is_read_from_the_summary_of_the_run_s_folder(folder):
-    change(folder, "b.json", result_dir="elsewhere/result_bs4/")
-    change(folder, "c.json", result_dir="elsewhere/result_bs1")
-    ours = add_infer_summary(folder / "result" / "result_bs1_summary.json")
-    ais_bench = add_summary(folder / "elsewhere" / "result_bs4_summary.json")
-    page = make_page(folder, "--perf", ais_bench, ours, metrics=("m.json", "b.json", "c.json"))
+def test_what_ran_and_how_fast_is_what_the_record_says(folder):
+    names = ["m.json", "b.json", "c.json"]
+    for name, summaries in zip(names, ([INFER], [AIS_BENCH], [])):
+        change(folder, name, summaries=summaries)
+    page = make_page(folder, metrics=tuple(names))
     ran = "model x.onnx SHA-256 0123456789ab batch size 1 device ONNX Runtime, CPU versions onnxruntime 1.32.0"
-    assert f"{ran} date 2026-11-25 results result/result_bs1 x_bs4.om, batch 4, Ascend, ais_bench" in page.text
+    assert f"{ran} date 2026-11-25 results result/result_bs1 b " in page.text
     assert "model x_bs4.om batch size 4 device Ascend, ais_bench, device 1 date 2001-09-09 results" in page.text
-    assert "elsewhere/result_bs1, model unknown" in page.text
+    assert "run 3 model unknown results" in page.text
     assert "secret" not in page.source
     head, *rows = page.tables[0]
     assert head[-1] == "end to end, frames/s"
     assert rows == [
-        [OURS, "1", "0.25", "4000.00", "4001.00", "0.24"],
-        ["x_bs4.om, batch 4, Ascend, ais_bench, device 1", "4", "43.64", "91.66", "92.66", "-"],
+        ["m", "1", "0.25", "4000.00", "4001.00", "0.24"],
+        ["b", "4", "43.64", "91.66", "92.66", "-"],
     ]
 
 
 @pytest.mark.parametrize(
-    ("more", "name"),
+    ("summaries", "shown"),
     [
-        ({"args": ["--model=/m/y.om", "--device=0,1"]}, "y.om, batch 4, Ascend, ais_bench, device 0,1"),
-        ({"args": []}, "model unknown, batch 4, Ascend, ais_bench, device 0"),
-        ({"provider": "cann", "device": 3}, "x_bs4.om, batch 4, ONNX Runtime, CANN, device 3"),
+        (
+            [{"args": ["--model=/m/y.om", "--device=0,1"]}],
+            "model y.om batch size 4 device Ascend, ais_bench, device 0,1 ",
+        ),
+        ([{"args": []}], "model unknown batch size 4 device Ascend, ais_bench, device 0 "),
+        ([{"provider": "cann", "device": 3}], "device ONNX Runtime, CANN, device 3 "),
+        ([{"provider": "cuda", "device": n, "throughput": 40.0 + n} for n in (0, 1)], "CUDA, device 0, 1 date"),
     ],
 )
-def test_a_run_is_named_after_its_model_batch_size_and_device(folder, more, name):
-    row = make_page(folder, "--perf", add_summary(folder / "result_bs1_summary.json", **more), frames=False).tables[0][
-        1
-    ]
-    assert row[0] == name
+def test_a_run_is_described_by_model_batch_size_and_devices(folder, summaries, shown):
+    change(folder, "m.json", summaries=[{**AIS_BENCH, **summary} for summary in summaries])
+    page = make_page(folder)
+    assert shown in page.text
+    if len(summaries) > 1:
+        assert page.tables[0][1][2] == "81.00"  # frames/s add up
 
 
-def test_a_summary_belongs_to_the_run_of_its_name_also_after_both_were_copied(folder):
-    change(folder, "m.json", result_dir="/elsewhere/result/result_bs1")
-    summary = add_infer_summary(folder / "copies" / "result_bs1_summary.json")
-    assert OURS in make_page(folder, "--perf", summary, frames=False).text
+def test_runs_are_called_by_their_file_and_by_the_path_where_two_share_the_name(folder):
+    (folder / "other").mkdir()
+    metrics = "m.json", str(change(folder, "metrics_fp16.json")), str(change(folder, "other/m.json"))
+    page = make_page(folder, metrics=metrics)
+    assert re.findall(r"<h3>(.*)</h3>", page.source)[:3] == ["m.json", "metrics_fp16", metrics[2]]
 
 
-def test_the_summaries_of_devices_add_up(folder):
-    paths = [add_summary(folder / f"result_bs1/device{n}_summary.json", fps=40 + n, mean_ms=90 + n) for n in (0, 1)]
-    row = make_page(folder, "--perf", *paths, frames=False).tables[0][1]
-    assert row[0].endswith(" and 1 more")
-    assert row[2:5] == ["81.00", "90.50", "92.00"]
-
-
-def test_a_device_s_folder_scored_by_itself_has_its_own_summary(folder):
-    change(folder, "m.json", result_dir=str(folder / "result_bs1/device0"))
-    path = add_summary(folder / "result_bs1/device0_summary.json", fps=40, mean_ms=90)
-    assert make_page(folder, "--perf", path, frames=False).tables[0][1][2] == "40.00"
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["x_summary.json"], "x_summary.json: is the summary of 0 of the runs"),
-        (["a/result_bs1_summary.json", "b/result_bs1_summary.json"], "several summaries of one run"),
-    ],
-)
-def test_a_summary_of_no_run_and_a_second_one_are_refused(folder, names, message):
-    paths = [add_infer_summary(folder / name) for name in names]
-    assert message in refusal(report, folder / "m.json", "--perf", *paths)
-
-
-def test_a_summary_of_another_model_than_was_scored_is_refused(folder):
-    summary = add_infer_summary(folder / "result_bs1_summary.json")
-    change(folder, "m.json", model_sha256="0123456789abcdef" * 4)
-    make_page(folder, "--perf", summary, frames=False)
-    change(folder, "m.json", model_sha256="f" * 64)
-    assert "of another model than" in refusal(report, folder / "m.json", "--perf", summary)
-
-
-def test_runs_of_one_name_are_distinguished_by_folder_and_file(folder):
-    paths = folder / "m.json", change(folder, "b.json")
-    page = make_page(folder, metrics=("m.json", "b.json"), frames=False)
-    names = [f"result/result_bs1, model unknown (result/result_bs1) ({path})" for path in paths]
-    assert re.findall(r"<h3>(result/.*)</h3>", page.source) == names
+def test_the_first_frames_of_a_split_are_called_so(folder):
+    change(folder, "m.json", limit=7)
+    assert "mIoU of the first 7 frames of val" in make_page(folder).text
 
 
 def test_the_runs_iou_stand_side_by_side_with_the_change_of_each_class(folder):
     metrics = read(folder)
     iou = {**metrics["iou"], "sidewalk": metrics["iou"]["sidewalk"] + 0.01, "sky": metrics["iou"]["sky"] - 0.02}
-    change(folder, "b.json", result_dir="result/b", iou=iou | {"road": None}, miou=metrics["miou"] + 0.003)
+    change(folder, "b.json", iou=iou | {"road": None}, miou=metrics["miou"] + 0.003)
     page = make_page(folder, metrics=("m.json", "b.json"))
-    assert "+0.30 points against result/result_bs1, model unknown" in page.text
+    assert "+0.30 points against m " in page.text
     head, *rows, mean = page.tables[0]
     assert head[1:5] == ["IoU %, run 1", "IoU %, run 2", "change, points", "recall %"]
     changes = {row[0]: row[2:4] for row in rows}
@@ -283,42 +255,54 @@ def test_the_runs_iou_stand_side_by_side_with_the_change_of_each_class(folder):
 
 def test_frames_have_their_miou_in_every_run_and_those_that_changed_most_are_linked(folder):
     rows = read(folder)["per_frame"]
-    changed = [
-        {**row, "miou": row["miou"] + step} for row, step in zip(rows, (0.01, -0.02, 0, 0, 0, 0))
-    ]  # one is missing
-    change(folder, "b.json", result_dir="result/b", per_frame=changed)
+    changed = [{**row, "miou": row["miou"] + step} for row, step in zip(rows, (0.01, -0.02, *[0] * 5))]
+    change(folder, "b.json", per_frame=changed, label_maps=None)
     page = make_page(folder, metrics=("m.json", "b.json"))
     listed = page.source.split("Changed most in run 2")[1].split("</div>")[0]
-    assert re.findall(r'class="(\w+)">(.*?)</b>\s*<a href="#(.*?)"', listed) == [
+    assert re.findall(r'class="(\w+)">(.*?)</b>\s*<a>(.*?)</a>', listed) == [
         ("bad", "-2.00", FRAMES[1]),
         ("good", "+1.00", FRAMES[0]),
     ]
-    both = f"{FRAMES[0]} {100 * rows[0]['miou']:.2f}, {100 * changed[0]['miou']:.2f}"
-    assert both in page.text and f"{FRAMES[6]} {100 * rows[6]['miou']:.2f}, -" in page.text
+    assert f"{FRAMES[0]} {100 * rows[0]['miou']:.2f}, {100 * changed[0]['miou']:.2f}" in page.text
 
 
-def test_large_frames_show_the_predictions_of_both_runs_and_where_they_differ(folder):
+def test_large_frames_show_both_predictions_and_what_became_of_each_pixel(folder):
+    frame, confusions = FRAMES[6], []
     shutil.copytree(folder / "labels", folder / "labels_b")
-    path = folder / "labels_b" / f"{FRAMES[6]}_predicted_labelIds.png"
-    label_map = np.asarray(Image.open(path)).copy()
-    label_map[60:, 100:] = 23  # sky, where nothing is scored
-    Image.fromarray(label_map).save(path)
-    change(folder, "b.json", result_dir="result/b")
-    page = make_page(folder, "--labels", folder / "labels_b", metrics=("m.json", "b.json"))
+    for name in FRAMES:
+        path = folder / "labels_b" / f"{name}_predicted_labelIds.png"
+        label_path = folder / f"gtFine/val/ulm/{name}_gtFine_labelIds.png"
+        label_map, label = (np.asarray(Image.open(file)).copy() for file in (path, label_path))
+        if name == frame:  # of 64 x 128, without the 4 rows that are not scored
+            label_map[24:26, :30] = 8  # fixed: sidewalk, predicted as road in the first run
+            label_map[60:, 100:] = 23  # sky, where nothing is scored
+            label_map[:20, 100:] = 11  # broken: sky
+            label_map[20:24, 111:113] = 23  # wrong in both: building
+            Image.fromarray(label_map).save(path)
+        confusions.append(postprocess.count_pixels(label, np.searchsorted(LABEL_IDS, label_map)))
+    frames = [postprocess.Frame(name, folder, folder) for name in FRAMES]
+    change(folder, "b.json", label_maps=str(folder / "labels_b"), **postprocess.summarise(frames, confusions))
+    page = make_page(folder, metrics=("m.json", "b.json"))
     assert list(page.images("prediction of run 2")) == FRAMES[:1:-1]
-    drawn = page.images("changes in run 2")[FRAMES[6]].convert("RGB")
-    width, height = drawn.size
-    assert drawn.getpixel((width - 1, height - 1)) == (70, 130, 180)
-    assert drawn.getpixel((0, 0)) == (255, 255, 255)
-    assert len(drawn.getcolors()) == 2
-    done = run(SCRIPT, "m.json", *["--labels", folder / "labels"] * 2, "--data", folder, status=2)
-    assert "--labels was given more often" in done.stderr
+    drawn = page.images("changes in run 2")[frame].convert("RGB").resize(SIZE, Image.NEAREST)
+    places = {"correct": (60, 30), "fixed": (5, 25), "broken": (120, 5), "wrong": (112, 21), "ignored": (127, 63)}
+    colors = [drawn.getpixel(place) for place in places.values()]
+    assert colors == [(255, 255, 255), (26, 150, 65), (215, 25, 28), (160, 160, 160), (0, 0, 0)]
+    shares = [100 * n / (60 * 128) for n in (2 * 30, 20 * 28, 58 * 30 + 4 * 17)]
+    assert "changes in run 2: fixed {:.2f} %, broken {:.2f} %, wrong in both {:.2f} %".format(*shares) in page.text
+
+
+def test_a_frame_has_its_pixel_accuracy_beside_its_miou(folder):
+    row = read(folder)["per_frame"][6]
+    page = make_page(folder)
+    assert f"{100 * row['miou']:.2f} % mIoU; pixel accuracy {100 * row['pixel_accuracy']:.2f} %" in page.text
 
 
 def test_frames_are_sorted_from_the_lowest_miou_and_the_first_five_are_large(folder):
     ignored = np.full((64, 128), IGNORED)
     add_frame(folder, "a", ignored, ignored % 19)
-    change(folder, "m.json", per_frame=[{"frame": "a", "miou": None}, *read(folder)["per_frame"]])
+    blank = {"frame": "a", "miou": None, "pixel_accuracy": None}
+    change(folder, "m.json", per_frame=[blank, *read(folder)["per_frame"]])
     page = make_page(folder)
     for kind in ("image", "ground truth", "prediction", "errors"):
         assert list(page.images(kind)) == [*FRAMES[::-1], "a"]
@@ -327,9 +311,11 @@ def test_frames_are_sorted_from_the_lowest_miou_and_the_first_five_are_large(fol
 
 
 def test_the_histogram_counts_frames_by_miou(folder):
-    rows = [{"frame": f"f{n}", "miou": miou} for n, miou in enumerate((0, 0.04999, 0.05, 0.999, 1, None))]
-    change(folder, "m.json", per_frame=rows)
-    page = make_page(folder, frames=False)
+    mious = 0, 0.04999, 0.05, 0.999, 1, None
+    change(
+        folder, "m.json", per_frame=[{"frame": f"f{n}", "miou": m, "pixel_accuracy": m} for n, m in enumerate(mious)]
+    )
+    page = make_page(folder)
     titles = [attributes["title"] for tag, attributes in page.elements if tag == "a" and "title" in attributes]
     assert (titles[0], titles[1], titles[-1]) == ("0 to 5 %", "5 to 10 %", "95 to 100 %")
     bars = page.source.split('class="histogram"')[1].split("</ol>")[0]
@@ -357,10 +343,11 @@ def test_the_panels_show_cityscapes_colors_and_errors_in_the_true_one(folder):
 
 def test_names_in_files_are_data_and_never_markup(folder):
     add_frame(folder, HOSTILE, np.zeros((64, 128), int), np.ones((64, 128), int))
-    change(folder, "m.json", result_dir=HOSTILE, per_frame=[{"frame": HOSTILE, "miou": 0}])
-    summary = add_infer_summary(folder / f"{HOSTILE}_summary.json", model=HOSTILE, provider=HOSTILE, date=HOSTILE)
-    page = make_page(folder, "--perf", summary)
-    assert f"{HOSTILE}, batch 1, ONNX Runtime, {HOSTILE.upper()}, device 0" in page.text
+    summary = {**INFER, "provider": HOSTILE, **dict.fromkeys(("model", "model_sha256", "date", "device"), HOSTILE)}
+    rows = [{"frame": HOSTILE, "miou": 0, "pixel_accuracy": 0}]
+    change(folder, f"{HOSTILE}.json", result_dir=HOSTILE, per_frame=rows, summaries=[summary])
+    page = make_page(folder, metrics=(f"{HOSTILE}.json",))
+    assert f"ONNX Runtime, {HOSTILE.upper()}, device {HOSTILE}" in page.text
     assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object"}
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     assert len(sources) == 5
@@ -369,11 +356,10 @@ def test_names_in_files_are_data_and_never_markup(folder):
 
 
 def test_the_same_inputs_give_the_same_bytes_and_no_clock(folder):
-    summary = add_summary(folder / "result" / "result_bs1_summary.json")
+    change(folder, "m.json", summaries=[AIS_BENCH])
     pages = set()
     for name, zone in (("a.html", "UTC"), ("b.html", "WEST12")):
-        files = folder / "m.json", "--labels", folder / "labels", "--data", folder, "--perf", summary
-        done = run(SCRIPT, *files, "--output", folder / name, env={**os.environ, "TZ": zone})
+        done = run(SCRIPT, "m.json", "--output", folder / name, env={**os.environ, "TZ": zone})
         pages.add((folder / name).read_bytes())
         assert re.fullmatch(rf"{folder}/{name}: 1 run, 7 frames, \d\.\d MB\n", done.stdout)
     assert len(pages) == 1
@@ -382,58 +368,94 @@ def test_the_same_inputs_give_the_same_bytes_and_no_clock(folder):
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
-def refusal_with_frames(folder: Path) -> str:
-    images = "--labels", folder / "labels", "--data", folder
-    return refusal(report, folder / "m.json", *images, "--output", folder / "page.html")
+def unfit(folder: Path, capsys: pytest.CaptureFixture) -> str:
+    """Make a page of a record whose images do not fit; return the warning, which is the error where --data is given."""
+    capsys.readouterr()
+    assert not make_page(folder).images("image")
+    warning = capsys.readouterr().err
+    error = refusal(report, "m.json", "--data", folder, "--output", "other.html")
+    assert warning == f"warning: no images: {error} (--data and --labels name other folders)\n"
+    assert not Path("other.html").exists()
+    return error
 
 
-def test_missing_files_are_counted_and_named(folder):
+def test_missing_files_are_counted_and_named(folder, capsys):
     (folder / "labels" / f"{FRAMES[2]}_predicted_labelIds.png").unlink()
     (folder / "leftImg8bit" / "val" / "ulm" / f"{FRAMES[4]}_leftImg8bit.png").unlink()
     (folder / "gtFine" / "val" / "ulm" / f"{FRAMES[3]}_gtFine_labelIds.png").unlink()
-    missing = f"image in {folder} of {FRAMES[4]}, label in {folder} of {FRAMES[3]}"
-    missing += f", label map in {folder}/labels of {FRAMES[2]}"
-    assert refusal_with_frames(folder) == f"files missing: 3: {missing}"
+    missing = (
+        f"{FRAMES[4]} in {folder}/leftImg8bit/val, {FRAMES[3]} in {folder}/gtFine/val, {FRAMES[2]} in {folder}/labels"
+    )
+    assert unfit(folder, capsys) == f"files missing: 3: {missing}"
 
 
-def test_label_maps_of_another_run_or_size_are_refused(folder):
+def test_label_maps_of_another_run_or_size_are_refused(folder, capsys):
     path = folder / "labels" / f"{FRAMES[5]}_predicted_labelIds.png"
     shutil.copy(folder / "labels" / f"{FRAMES[6]}_predicted_labelIds.png", path)
-    assert refusal_with_frames(folder).startswith(f"{path}: not the prediction of these metrics; ")
+    assert unfit(folder, capsys).startswith(f"{path}: not the prediction of these metrics; ")
     Image.new("L", (32, 16)).save(path)
-    assert refusal_with_frames(folder) == f"{path}: found (16, 32), expected its label's (64, 128)"
+    assert unfit(folder, capsys) == f"{path}: found (16, 32), expected its label's (64, 128)"
+
+
+def test_a_record_moved_elsewhere_is_told_where_its_images_are(folder, capsys):
+    Path("moved").mkdir()
+    for name in ("leftImg8bit", "gtFine", "labels"):
+        Path(name).rename(f"moved/{name}")
+    assert not make_page(folder).images("image")
+    assert f"warning: no images: [Errno 2] No such file or directory: '{folder}/" in capsys.readouterr().err
+    assert len(make_page(folder, "--data", "moved", "--labels", "moved/labels").images("image")) == 7
+    assert capsys.readouterr().err == ""
+    change(folder, "m.json", label_maps=None)
+    assert not make_page(folder).images("image")
+    assert "no images: m.json: scored without --save_labels" in capsys.readouterr().err
+
+
+def test_runs_of_other_frames_or_ground_truth_are_refused(folder):
+    rows, confusion = read(folder)["per_frame"], np.array(read(folder)["confusion_matrix"])
+    confusion[0, 0] += 1
+    for changes in ({"per_frame": rows[1:]}, {"confusion_matrix": confusion.tolist()}):
+        change(folder, "b.json", **changes)
+        assert refusal(report, "m.json", "b.json") == "b.json: of other frames or other ground truth than m.json"
 
 
 @pytest.mark.parametrize("kind", ["leftImg8bit/val/ulm", "gtFine/val/ulm", "labels"])
-def test_a_flipped_bit_in_a_png_is_refused(folder, kind):
+def test_a_flipped_bit_in_a_png_is_refused(folder, kind, capsys):
     path = next((folder / kind).glob(f"{FRAMES[0]}*"))
     content = bytearray(path.read_bytes())
     content[content.index(b"IEND") - 5] ^= 1  # the checksum of IDAT, which decoding alone does not read
     path.write_bytes(content)
     Image.open(path).load()
-    assert refusal_with_frames(folder).startswith(f"{path}: damaged")
+    assert unfit(folder, capsys).startswith(f"{path}: damaged")
 
 
-def test_json_that_is_no_metrics_or_no_summary_is_one_line(folder):
-    add_infer_summary(folder / "s.json")
-    for name, args, maker, wrong in (
-        ("m.json", (), "intrada_postprocess.py --json", (
-            {"miou": "x"}, {"miou": 10**400}, {"iou": {"road": 1}}, {"confusion_matrix": [[1, 0], [0, 1]]},
-            {"per_frame": [{"frame": "f", "miou": "x"}]}, {"expected": {"percent": 47.01}},
+def test_json_that_is_no_record_is_one_line(folder):
+    wrong = (
+        {"miou": "x"}, {"miou": 10**400}, {"iou": {"road": 1}}, {"confusion_matrix": [[1, 0], [0, 1]]},
+        {"per_frame": [{"frame": "f", "miou": "x"}]}, {"expected": {"percent": 47.01}},
+        {"data_dir": 7}, {"summaries": 7},
+        *({"summaries": [{**INFER, **changes}]} for changes in (
+            {"throughput": None}, {"NPU_compute_time": {"mean": 1}}, {"args": 7}, {"versions": []},
         )),
-        ("s.json", ("m.json", "--perf"), "ais_bench or tools/infer.py", (
-            {"throughput": None}, {"NPU_compute_time": {"mean": 1}}, {"args": 7}, {"provider": 7}, {"versions": []},
-        )),
-    ):  # fmt: skip
-        contents = [json.dumps({**read(folder, name), **changes}).encode() for changes in wrong]
-        for content in (b"{", b"[]", b"\xff", b"[" * 10**5, *contents):
-            (folder / "wrong.json").write_bytes(content)
-            assert refusal(report, *args, "wrong.json").startswith(f"wrong.json: not what {maker} wrote: ")
+    )  # fmt: skip
+    contents = [json.dumps({**read(folder), **changes}).encode() for changes in wrong]
+    for content in (b"{", b"[]", b"\xff", *contents):
+        Path("wrong.json").write_bytes(content)
+        assert refusal(report, "wrong.json").startswith("wrong.json: not what intrada_postprocess.py --json wrote: ")
+
+
+def test_a_record_of_an_earlier_version_says_score_again(folder):
+    old = read(folder)
+    del old["summaries"]
+    Path("m.json").write_text(json.dumps(old))
+    assert "score the results again" in refusal(report, "m.json")
 
 
 def test_a_missing_file_is_one_line_and_status_1_and_wrong_usage_is_2(folder):
     assert error_of(SCRIPT, "none.json").endswith("none.json: No such file or directory")
-    assert "--labels and --data go together" in run(SCRIPT, "m.json", "--labels", "labels", status=2).stderr
+    before = Path("m.json").read_bytes()
+    assert "--output is one of METRICS.json" in run(SCRIPT, "m.json", "--output", "./m.json", status=2).stderr
+    assert Path("m.json").read_bytes() == before
+    assert "--labels: 2 given" in run(SCRIPT, "m.json", "--labels", "labels", "labels", status=2).stderr
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser
@@ -488,9 +510,10 @@ def set_screen(chromium, width: int, scheme: str, media: str = "screen") -> None
 
 def make_full_page(folder: Path) -> str:
     """Make a page of two runs with everything in it, and return its address."""
-    change(folder, "b.json", result_dir="b", expected={"percent": 47.01, "tolerance": 0.1, "passed": False})
-    summaries = add_infer_summary(folder / "result_bs1_summary.json"), add_summary(folder / "b_summary.json")
-    make_page(folder, "--perf", *summaries, metrics=("m.json", "b.json"))
+    expected = {"percent": 47.01, "tolerance": 0.1, "passed": False}
+    change(folder, "b.json", expected=expected, summaries=[AIS_BENCH])
+    change(folder, "m.json", summaries=[INFER])
+    make_page(folder, metrics=("m.json", "b.json"))
     return (folder / "page.html").as_uri()
 
 
@@ -507,7 +530,7 @@ def test_a_browser_shows_the_page_whole_and_requests_nothing_else(folder, chromi
     urls = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
     assert {url for url in urls if not url.startswith("data:")} == {address}
     images = chromium.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth)")
-    assert sorted(images) == [report.SMALL[0]] * 2 * 4 + [report.LARGE[0]] * 5 * 5
+    assert sorted(images) == [report.SMALL[0]] * 2 * 4 + [report.LARGE[0]] * 5 * 7
     assert chromium.execute_script("return document.documentElement.scrollWidth") == width
     beyond = "return [...document.querySelectorAll('body *:not(.wide *)')].filter(e => e.getBoundingClientRect().right"
     assert chromium.execute_script(f"{beyond} > innerWidth).map(e => e.outerHTML.slice(0, 99))") == []
@@ -546,10 +569,3 @@ def click_at(chromium, element: str) -> None:
     place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
     for kind in ("mousePressed", "mouseReleased"):
         chromium.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": kind, **place})
-
-
-def test_the_report_s_image_in_the_readme_fits_one_screen():
-    path = "docs/report.jpg"
-    width, height = Image.open(ROOT / path).size
-    assert (1200 <= width <= 1300) and (650 <= height <= 800)
-    assert (ROOT / path).stat().st_size < 200_000

@@ -1,16 +1,13 @@
 #!/usr/bin/env python3
 """Write one self-contained HTML page about results: what ran, mIoU, speed, classes, confusions, frames.
 
-   METRICS.json ...                                               of intrada_postprocess.py --json, one per run
-   --labels DIR/<frame>_predicted_labelIds.png                    a run's label maps, of --save_labels; once per run
-   --data DATA_DIR/{leftImg8bit,gtFine}/<split>/<city>/<frame>_*  its images and labels
-   --perf SUMMARY.json ...                                        of ais_bench or tools/infer.py
+   METRICS.json ...      the records of runs, of intrada_postprocess.py --json; runs are called by these files' names
 -> one self-contained HTML file without scripts; the same inputs give the same bytes
 
-The summary of a run is the --perf file called <name of its RESULT_DIR>_summary.json, or those of several devices,
-<name of its RESULT_DIR>/device0_summary.json, ...; each must be of one of the runs.
+Images and labels of the first run, and all runs' label maps (of --save_labels), are where METRICS.json or --data and
+--labels say.
 
-   $ python3 tools/report.py metrics_bs1.json --labels labels_bs1 --data cityscapes --output report.html
+   $ python3 tools/report.py metrics_bs1.json
    report.html: 1 run, 3 frames, 0.6 MB
 """
 
@@ -20,9 +17,7 @@ import argparse
 import base64
 import io
 import json
-import re
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -49,18 +44,22 @@ from intrada_postprocess import (
     read_label,
     read_png,
     run_script,
+    warn,
 )
 
 # Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA: Cityscapes val, frames/s on 310P3.
 PUBLISHED_MIOU = 0.4701
 PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
 
-IGNORED, CORRECT = len(CLASSES), len(CLASSES) + 1  # two more train ids: not scored, and predicted correctly
-COLORS = [*(color for _, _, _, color in CLASSES), "#000000", "#ffffff"]
+# More train ids, for the maps of errors and of changes.
+IGNORED, CORRECT, FIXED, BROKEN, WRONG = range(len(CLASSES), len(CLASSES) + 5)
+CHANGES = {"fixed": FIXED, "broken": BROKEN, "wrong in both": WRONG}
+COLORS = [*(color for _, _, _, color in CLASSES), "#000000", "#ffffff", "#1a9641", "#d7191c", "#a0a0a0"]
 TRAIN_ID_OF = np.full(256, IGNORED, np.uint8)
 TRAIN_ID_OF[LABEL_IDS] = range(len(CLASSES))
 
 LARGE_FRAMES, RUN_CONFUSIONS, FRAME_CONFUSIONS, CHANGED_FRAMES = 5, 8, 3, 10
+AVERAGES = "miou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou"
 SMALL, LARGE = (192, 96), (1024, 512)  # width, height of a panel
 
 # What reading and converting a value raises where JSON is not what our scripts or ais_bench wrote.
@@ -71,23 +70,28 @@ WRONG_VALUE = ValueError, LookupError, TypeError, AttributeError, OverflowError,
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read the metrics of a run: the frames from the lowest mIoU, and `confusion` (19, 19), row = ground truth.
+    """Read a run's record: its frames from the lowest mIoU, and `confusion` (19, 19), row = ground truth.
 
     Raises:
         InputError: it is not what intrada_postprocess.py --json wrote.
     """
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
-        rows = [{"frame": str(row["frame"]), "miou": to_float(row["miou"])} for row in metrics["per_frame"]]
+        if "per_frame" in metrics and "summaries" not in metrics:
+            raise InputError(f"{path}: written by an earlier version; score the results again")
+        rows = [{"frame": str(row["frame"]), "miou": to_float(row["miou"]), "accuracy": to_float(row["pixel_accuracy"])}
+                for row in metrics["per_frame"]]  # fmt: skip
         expected = metrics.get("expected")
-        averages = "miou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou"
         return {
             "path": path,
             "split": str(metrics["split"]),
+            "is_limited": "limit" in metrics,
             "result_dir": str(metrics["result_dir"]),
-            "sha256": metrics.get("model_sha256"),
+            "data_dir": Path(metrics["data_dir"]),
+            "label_maps": metrics["label_maps"] and Path(metrics["label_maps"]),
+            "ran": describe_summaries(metrics["summaries"]) if metrics["summaries"] else None,
             "frames": len(rows),
-            **{key: float(metrics[key]) for key in averages},
+            **{key: float(metrics[key]) for key in AVERAGES},
             "iou": {name: to_float(metrics["iou"][name]) for name in NAMES},
             "confusion": np.array(metrics["confusion_matrix"], np.int64).reshape(len(NAMES), len(NAMES)),
             "per_frame": sorted(rows, key=lambda row: (row["miou"] is None, row["miou"], row["frame"])),
@@ -101,36 +105,29 @@ def to_float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """Read what ran, where, and how fast; ais_bench's summary has options in `args`, and no model, device or date.
+def describe_summaries(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Describe what ran, where, and how fast; ais_bench's summary has options in `args`, and no model or device.
 
-    Raises:
-        InputError: it is not what ais_bench or tools/infer.py wrote.
+    The frames/s of several devices add up, their times are averaged, and the largest p99 counts.
     """
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
-        options, provider = read_options(summary["args"]), summary.get("provider")
-        times = summary["NPU_compute_time"]
-        fps, mean_ms, p99_ms = float(summary["throughput"]), float(times["mean"]), float(times["percentile(99%)"])
-        model = Path(summary.get("model") or options.get("model", "model unknown")).name
-        batch_size = int(summary.get("batchsize") or round(fps * mean_ms / 1000))  # ais_bench computed fps from it
-        device = f"ONNX Runtime, {provider.upper()}" if provider else "Ascend, ais_bench"
-        if provider != "cpu":
-            device += f", device {summary.get('device', options.get('device', 0))}"
-        return {
-            "path": path,
-            "is_device": re.match(r"device\d", path.name) is not None,
-            "name": f"{model}, batch {batch_size}, {device}",
-            "model": model,
-            "sha256": str(summary.get("model_sha256", "")),
-            "batch_size": batch_size,
-            "device": device,
-            "versions": ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items()),
-            "date": summary.get("date") or time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime)),
-            "speed": [fps, mean_ms, p99_ms, to_float(summary.get("end_to_end_throughput"))],
-        }
-    except WRONG_VALUE as error:
-        raise InputError(f"{path}: not what ais_bench or tools/infer.py wrote: {error!r}") from None
+    first, times = summaries[0], [summary["NPU_compute_time"] for summary in summaries]
+    options, provider = read_options(first["args"]), first.get("provider")
+    fps = sum(float(summary["throughput"]) for summary in summaries)
+    mean_ms = float(np.mean([float(time["mean"]) for time in times]))
+    p99_ms = max(float(time["percentile(99%)"]) for time in times)
+    end_to_end = [summary.get("end_to_end_throughput") for summary in summaries]
+    devices = dict.fromkeys(str(summary.get("device", options.get("device", 0))) for summary in summaries)
+    device = f"ONNX Runtime, {str(provider).upper()}" if provider else "Ascend, ais_bench"
+    return {
+        "model": Path(first.get("model") or options.get("model", "unknown")).name,
+        "SHA-256": str(first.get("model_sha256", ""))[:12],
+        # ais_bench computed its frames/s from it
+        "batch size": int(first.get("batchsize") or round(float(first["throughput"]) * mean_ms / 1000)),
+        "device": device if provider == "cpu" else f"{device}, device {', '.join(devices)}",
+        "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items()),
+        "date": str(first["date"]),
+        "speed": [fps, mean_ms, p99_ms, None if None in end_to_end else sum(map(float, end_to_end))],
+    }
 
 
 def read_options(words: list[str]) -> dict[str, str]:
@@ -139,112 +136,62 @@ def read_options(words: list[str]) -> dict[str, str]:
     return {name[2:]: value for name, value in zip(parts, parts[1:]) if name.startswith("--")}
 
 
-def add_summaries(runs: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add each run's summary and a name: what ran, and where two runs would have one name, their folders and files.
+def join_runs(runs: list[dict[str, Any]]) -> None:
+    """Name each run by its file, and add to each frame of the first run its mIoU in every run.
 
     Raises:
-        InputError: a summary is of no run, or a run has two.
+        InputError: a run is of other frames or other ground truth than the first.
     """
-    of_run: dict[int, list[dict[str, Any]]] = {}
-    for summary in summaries:
-        of_run.setdefault(find_run(runs, summary), []).append(summary)
-    named = []
-    for n, run in enumerate(runs):
-        summary = merge_devices(of_run[n]) if n in of_run else None
-        if summary and run["sha256"] and summary["sha256"] != run["sha256"]:
-            raise InputError(f"{summary['path']}: of another model than {run['path']}; score those results again")
-        name = summary["name"] if summary else f"{run['result_dir']}, model unknown"
-        named.append({**run, "summary": summary, "name": name})
-    for key in ("result_dir", "path"):
-        times = Counter(run["name"] for run in named)
-        named = [{**run, "name": f"{run['name']} ({run[key]})"} if times[run["name"]] > 1 else run for run in named]
-    return named
-
-
-def find_run(runs: list[dict[str, Any]], summary: dict[str, Any]) -> int:
-    """Find the run that a summary is of, by `<result folder>_summary.json`, or `<result folder>/device0_summary.json`.
-
-    Raises:
-        InputError: there is none, or several that only their paths could tell apart.
-    """
-    path = summary["path"].resolve()
-    folder = path.parent / re.sub(r"_summary\.json$", "", path.name)
-    paths = [Path(run["result_dir"]).resolve() for run in runs]
-    if summary["is_device"] and (path.parent in paths or folder not in paths):  # or a device was scored by itself
-        folder = path.parent
-    found = [n for n, result_dir in enumerate(paths) if result_dir == folder]
-    found = found or [n for n, result_dir in enumerate(paths) if result_dir.name == folder.name]
-    if len(found) != 1:
-        raise InputError(f"{summary['path']}: is the summary of {len(found)} of the runs, by the name of their results")
-    return found[0]
-
-
-def merge_devices(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Make one summary of those of a run's devices: frames/s add up, times are averaged, the largest p99 counts.
-
-    Raises:
-        InputError: there are several, and not all of a device.
-    """
-    first, *others = summaries
-    if not others:
-        return first
-    names = [summary["path"].name for summary in summaries]
-    if not all(summary["is_device"] for summary in summaries) or len(set(names)) < len(names):
-        raise InputError(f"{first_five([str(summary['path']) for summary in summaries])}: several summaries of one run")
-    fps, mean_ms, p99_ms, end_to_end = zip(*(summary["speed"] for summary in summaries))
-    end_to_end = None if None in end_to_end else sum(end_to_end)
-    more = {key: f"{first[key]} and {len(others)} more" for key in ("name", "device")}
-    return {**first, **more, "speed": [sum(fps), sum(mean_ms) / len(mean_ms), max(p99_ms), end_to_end]}
+    first, stems = runs[0], Counter(run["path"].stem for run in runs)
+    by_frame = [{row["frame"]: row["miou"] for row in run["per_frame"]} for run in runs]
+    for run, mious in zip(runs, by_frame):
+        run["name"] = run["path"].stem if stems[run["path"].stem] == 1 else str(run["path"])
+        same_truth = (run["confusion"].sum(axis=1) == first["confusion"].sum(axis=1)).all()
+        if mious.keys() != by_frame[0].keys() or not same_truth:
+            raise InputError(f"{run['path']}: of other frames or other ground truth than {first['path']}")
+    for row in first["per_frame"]:
+        row["mious"] = [mious[row["frame"]] for mious in by_frame]
 
 
 # ---------------------------------------------------------------------------------------------------- drawing frames
 
 
-def find_frames(runs: list[dict[str, Any]], data_dir: Path, labels: list[Path]) -> list[dict[str, Any]]:
-    """Find the files of every frame of the first run: its row of the metrics, and `image`, `label` and `label maps`.
-
-    Args:
-        labels: folders of label maps, of the first runs in their order.
+def find_frames(runs: list[dict[str, Any]], data_dir: Path) -> list[dict[str, Any]]:
+    """Find every frame's files: its row of the first run, and `paths` of image, label and each run's label map.
 
     Raises:
         InputError: files are missing; counts and names them.
     """
-    split = runs[0]["split"]
-    found = {
-        f"image in {data_dir}": find_by_frame(data_dir / "leftImg8bit" / split, IMAGE_ENDING),
-        f"label in {data_dir}": find_by_frame(data_dir / "gtFine" / split, LABEL_ENDING),
-        **{f"label map in {folder}": find_label_maps(folder) for folder in labels},
-    }
+    for run in runs:
+        if not run["label_maps"]:
+            raise InputError(f"{run['path']}: scored without --save_labels")
+    image_dir, label_dir = (data_dir / kind / runs[0]["split"] for kind in ("leftImg8bit", "gtFine"))
+    found = {image_dir: find_by_frame(image_dir, IMAGE_ENDING), label_dir: find_by_frame(label_dir, LABEL_ENDING)}
+    places = [image_dir, label_dir, *(run["label_maps"] for run in runs)]
+    ending = "_predicted_labelIds.png"
+    for folder in places[2:]:
+        found[folder] = {path.name[: -len(ending)]: path for path in list_folder(folder) if path.name.endswith(ending)}
     rows = runs[0]["per_frame"]
-    missing = [f"{kind} of {row['frame']}" for row in rows for kind in found if row["frame"] not in found[kind]]
+    missing = [f"{row['frame']} in {place}" for row in rows for place in places if row["frame"] not in found[place]]
     if missing:
         raise InputError(f"files missing: {len(missing)}: {first_five(missing)}")
-    paths = [[by_frame[row["frame"]] for by_frame in found.values()] for row in rows]
-    return [
-        {**row, "image": image, "label": label, "label maps": maps} for row, (image, label, *maps) in zip(rows, paths)
-    ]
-
-
-def find_label_maps(folder: Path) -> dict[str, Path]:
-    """Find `<frame>_predicted_labelIds.png` by frame."""
-    ending = "_predicted_labelIds.png"
-    return {path.name[: -len(ending)]: path for path in list_folder(folder) if path.name.endswith(ending)}
+    return [{**row, "paths": [found[place][row["frame"]] for place in places]} for row in rows]
 
 
 def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Draw a frame's image, ground truth, prediction and errors, and if it is large the prediction over the image.
 
-    A large frame also shows the predictions of further runs, and where they differ from the first. Of the labels every
-    n-th pixel is shown, so that no colors are mixed.
+    A large frame also shows the predictions of further runs, and what became of each pixel. Of the labels every n-th
+    pixel is shown, so that no colors are mixed.
 
     Raises:
         InputError: a file is damaged, or a label map is not the one of the metrics.
     """
-    label = read_label(frame["label"])
+    image_path, label_path, *map_paths = frame["paths"]
+    label = read_label(label_path)
     truth = TRAIN_ID_OF[label]
-    predictions = [read_prediction(path, label, miou) for path, miou in zip(frame["label maps"], frame["mious"])]
-    prediction, *others = predictions
-    image = read_png(frame["image"], "RGB").resize(size, Image.BOX)
+    prediction, *others = (read_prediction(path, label, miou) for path, miou in zip(map_paths, frame["mious"]))
+    image = read_png(image_path, "RGB").resize(size, Image.BOX)
     errors = np.where((prediction == truth) & (truth != IGNORED), np.uint8(CORRECT), truth)
     images = {
         "image": image,
@@ -252,15 +199,26 @@ def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         "prediction": paint(prediction, size),
         "errors": paint(errors, size),
     }
+    captions = {}
     if size == LARGE:
         images["overlay"] = Image.blend(image, images["prediction"].convert("RGB"), 0.5)
-        for n, other in enumerate(others, 2):
-            images[f"prediction of run {n}"] = paint(other, size)
-            images[f"changes in run {n}"] = paint(np.where(other == prediction, np.uint8(CORRECT), other), size)
+        for n, later in enumerate(others, 2):
+            changes, captions[f"changes in run {n}"] = compare_predictions(truth, prediction, later)
+            images[f"prediction of run {n}"] = paint(later, size)
+            images[f"changes in run {n}"] = paint(changes, size)
     confusion = count_pixels(label, prediction)
     shares = confusion / max(confusion.sum(), 1)
-    panels = [(title, to_data_uri(drawn), *size) for title, drawn in images.items()]
+    panels = [(title, to_data_uri(drawn), *size, captions.get(title)) for title, drawn in images.items()]
     return {**frame, "panels": panels, "confusions": find_confusions(shares, FRAME_CONFUSIONS)}
+
+
+def compare_predictions(truth: np.ndarray, earlier: np.ndarray, later: np.ndarray) -> tuple[np.ndarray, str]:
+    """Map what became of each pixel, (H, W) uint8: CORRECT in both, FIXED, ...; and describe the shares in percent."""
+    was_right, is_right = earlier == truth, later == truth
+    cases = [truth == IGNORED, was_right & is_right, is_right, was_right]
+    changes = np.select(cases, [IGNORED, CORRECT, FIXED, BROKEN], WRONG).astype(np.uint8)
+    shares = np.bincount(changes.ravel(), minlength=len(COLORS)) / max((truth != IGNORED).sum(), 1)
+    return changes, ", ".join(f"{name} {percent(shares[n])} %" for name, n in CHANGES.items())
 
 
 def read_prediction(path: Path, label: np.ndarray, miou: float | None) -> np.ndarray:
@@ -277,7 +235,7 @@ def read_prediction(path: Path, label: np.ndarray, miou: float | None) -> np.nda
         np.nan if value is None else value for value in (mean_iou(count_pixels(label, prediction)), miou)
     )
     if not np.isclose(found, expected, rtol=0, atol=1e-9, equal_nan=True):
-        raise InputError(f"{path}: not the prediction of these metrics; pass --labels of the same run")
+        raise InputError(f"{path}: not the prediction of these metrics; score the run again")
     return prediction
 
 
@@ -295,13 +253,26 @@ def to_data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def draw_frames(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Draw frames in threads, the first ones large; Pillow releases the GIL while it decodes."""
-    sizes = [LARGE if n < LARGE_FRAMES else SMALL for n in range(len(frames))]
-    return thread_map(draw_frame, frames, sizes, max_workers=count_cpus(), unit="frame", disable=None)
+def draw_frames(runs: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Draw frames in threads, the first ones large; Pillow releases the GIL while it decodes.
+
+    Where the records name files that do not fit, there is a warning and no images; where --data or --labels was given,
+    an InputError.
+    """
+    for run, folder in zip(runs, args.labels):
+        run["label_maps"] = folder
+    try:
+        frames = find_frames(runs, args.data or runs[0]["data_dir"])
+        sizes = [LARGE if n < LARGE_FRAMES else SMALL for n in range(len(frames))]
+        return thread_map(draw_frame, frames, sizes, max_workers=count_cpus(), unit="frame", disable=None)
+    except (InputError, OSError) as error:
+        if args.data or args.labels:
+            raise
+        warn(f"no images: {error} (--data and --labels name other folders)")
+        return []
 
 
-# ---------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- the page
 
 
 def find_confusions(shares: np.ndarray, largest: int) -> list[tuple[float, str, str]]:
@@ -311,21 +282,12 @@ def find_confusions(shares: np.ndarray, largest: int) -> list[tuple[float, str, 
     return [(wrong[pair], NAMES[pair[0]], NAMES[pair[1]]) for pair in pairs if wrong[pair] >= 0.0005]
 
 
-def add_mious(runs: list[dict[str, Any]]) -> None:
-    """Add to each frame of the first run its mIoU in every run, None where a run has no such frame."""
-    by_frame = [{row["frame"]: row["miou"] for row in run["per_frame"]} for run in runs]
-    for row in runs[0]["per_frame"]:
-        row["mious"] = [mious.get(row["frame"]) for mious in by_frame]
-
-
-def find_changes(runs: list[dict[str, Any]], other: int) -> list[tuple[float, dict[str, Any]]]:
+def find_changed_frames(first: dict[str, Any], other: int) -> list[tuple[float, str]]:
     """Find the frames whose mIoU changed most from the first run to another, up or down, and by how much."""
-    rows = [row for row in runs[0]["per_frame"] if None not in (row["mious"][0], row["mious"][other])]
-    changes = [(row["mious"][other] - row["mious"][0], row) for row in rows]
-    largest = sorted(changes, key=lambda change: (-abs(change[0]), change[1]["frame"]))[:CHANGED_FRAMES]
-    return sorted(
-        (change for change in largest if abs(change[0]) >= 0.00005), key=lambda change: (change[0], change[1]["frame"])
-    )
+    mious = [(row["frame"], row["mious"][0], row["mious"][other]) for row in first["per_frame"]]
+    changes = [(after - before, frame) for frame, before, after in mious if None not in (before, after)]
+    largest = sorted(changes, key=lambda change: (-abs(change[0]), change[1]))[:CHANGED_FRAMES]
+    return sorted(change for change in largest if abs(change[0]) >= 0.00005)
 
 
 def list_classes(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -354,9 +316,6 @@ def percent(fraction: float | None, sign: str = "", digits: int = 2) -> str:
     return "-" if missing else f"{round(100 * fraction, digits) + 0:{sign}.{digits}f}"
 
 
-# ---------------------------------------------------------------------------------------------------- the page
-
-
 def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
     """Fill the page in; everything from files is escaped."""
     loader = jinja2.FileSystemLoader(str(Path(__file__).parent))
@@ -365,16 +324,17 @@ def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
     first = runs[0]
     with np.errstate(invalid="ignore"):
         shares = np.nan_to_num(first["confusion"] / first["confusion"].sum(axis=1, keepdims=True))
-    speeds = [(run["name"], run["summary"]) for run in runs if run["summary"]]
+    speeds = [(run["name"], run["ran"]) for run in runs if run["ran"]]
     return environment.get_template("report.html").render(
         first=first,
         runs=runs,
-        speeds=sorted(speeds, key=lambda speed: speed[1]["batch_size"]),
+        speeds=sorted(speeds, key=lambda speed: speed[1]["batch size"]),
         published_miou=PUBLISHED_MIOU,
         published_fps=PUBLISHED_FPS,
         colors=dict(zip(NAMES, COLORS)),
+        change_colors={name: COLORS[n] for name, n in CHANGES.items()},
         classes=list_classes(runs),
-        changes=[(run["name"], find_changes(runs, n)) for n, run in enumerate(runs) if n],
+        changes=[(run["name"], find_changed_frames(first, n)) for n, run in enumerate(runs) if n],
         confusions=find_confusions(shares, RUN_CONFUSIONS),
         matrix=list(zip(NAMES, shares)),
         bins=count_frames(first),
@@ -387,24 +347,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write one self-contained HTML page about results.")
     add = parser.add_argument
     add("metrics", metavar="METRICS.json", nargs="+", type=Path, help="of intrada_postprocess.py --json, one per run")
-    add("--labels", metavar="DIR", type=Path, action="append", default=[],
-        help="a run's label maps, of --save_labels; once per run, in their order; needs --data")  # fmt: skip
-    add("--data", metavar="DATA_DIR", type=Path, help="Cityscapes, with leftImg8bit/ and gtFine/; needs --labels")
-    add("--perf", metavar="SUMMARY.json", nargs="+", type=Path, default=[], help="of ais_bench or tools/infer.py")
+    add("--data", metavar="DATA_DIR", type=Path, help="Cityscapes (default: where METRICS.json says)")
+    add("--labels", metavar="DIR", nargs="+", type=Path, default=[],
+        help="label maps, one folder per METRICS.json, in their order (default: where METRICS.json says)")  # fmt: skip
     add("--output", metavar="FILE", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    if bool(args.labels) != bool(args.data):
-        parser.error("--labels and --data go together")
-    if len(args.labels) > len(args.metrics):
-        parser.error("--labels was given more often than METRICS.json")
+    if args.labels and len(args.labels) != len(args.metrics):
+        parser.error(f"--labels: {len(args.labels)} given, METRICS.json: {len(args.metrics)}")
+    if args.output.resolve() in [path.resolve() for path in args.metrics]:
+        parser.error(f"{args.output}: --output is one of METRICS.json")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    runs = add_summaries(list(map(read_metrics, args.metrics)), list(map(read_summary, args.perf)))
-    add_mious(runs)
-    frames = draw_frames(find_frames(runs, args.data, args.labels)) if args.labels else []
+    runs = list(map(read_metrics, args.metrics))
+    join_runs(runs)
+    frames = draw_frames(runs, args)
     page = render(runs, frames).encode("utf-8", "backslashreplace")
     args.output.write_bytes(page)
     counts = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(frames)} frame{'s' * (len(frames) != 1)}"
