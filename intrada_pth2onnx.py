@@ -337,10 +337,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("onnx", metavar="ONNX", type=Path, help="file to write, .onnx")
     parser.add_argument("--skip_verify", action="store_true", help="do not compare ONNX Runtime with torch")
     args = parser.parse_args(argv)
-    if args.onnx.is_dir() or not args.onnx.parent.is_dir():
-        parser.error(f"{args.onnx}: ONNX must be a file path in an existing folder")
-    if args.onnx.resolve() == args.weights.resolve():
-        parser.error(f"{args.onnx}: ONNX must be another file than WEIGHTS")
+    if args.onnx.suffix != ".onnx" or args.onnx.is_dir() or not args.onnx.parent.is_dir():
+        parser.error(f"{args.onnx}: ONNX must be a file path that ends in .onnx, in an existing folder")
     return args
 
 
@@ -362,9 +360,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
-    except InputError as error:
-        raise SystemExit(f"{Path(__file__).name}: error: {error}") from None
-    except OSError as error:
-        raise SystemExit(
-            f"{Path(__file__).name}: error: {error.filename or 'output'}: {error.strerror or error}"
-        ) from None
+    except (InputError, OSError) as error:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else error
+        raise SystemExit(f"{Path(__file__).name}: error: {reason}") from None

@@ -24,6 +24,7 @@ from support import error_of, run, save_frames, save_small_model
 SCRIPT = "tools/infer.py"
 FRAMES = ["ulm_10", "ulm_8", "ulm_9"]  # sorted plainly
 RUN = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", "r"
+AZURE = "AzureExecutionProvider"
 NOTE, SUMMARY = Path("result/r_model.json"), Path("result/r_summary.json")
 
 
@@ -210,10 +211,11 @@ def test_without_output_nothing_is_saved_and_without_a_name_the_folder_is_dated(
         (["--model", "external.onnx"], "external.onnx: has weights in another file; "),
         (["--input", "wrong"], "wrong: 2 of 3 files are not 6291456 bytes: cut.bin, long.bin"),
         pytest.param(["--provider", "azure"], "--provider azure cannot run it: ", marks=pytest.mark.skipif(
-            "azure" not in tool.PROVIDERS, reason="needs a provider that leaves this model to the CPU")),
+            AZURE not in onnxruntime.get_available_providers(), reason="needs a provider that leaves all to the CPU")),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(images, args, words):
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(images, monkeypatch, args, words):
+    monkeypatch.setitem(tool.PROVIDERS, "azure", AZURE)  # not offered, but it leaves all to the CPU
     onnx.save(onnx.load("x.onnx"), "external.onnx", save_as_external_data=True, size_threshold=0)
     model = onnx.load("x.onnx")
     model.graph.output.append(model.graph.output.pop(0))
@@ -232,6 +234,56 @@ def test_a_missing_model_and_a_batch_beyond_memory_are_one_line(images):
     assert "none.onnx" in error_of(SCRIPT, "--model", "none.onnx")
     message = error_of(SCRIPT, "--model", "x.onnx", "--batchsize", 10**8)
     assert message == "out of memory at --batchsize 100000000; pass a smaller one"
+
+
+# ---------------------------------------------------------------------------------------------------- the user's files
+
+
+def test_overwrite_removes_results_alone(images):
+    infer()
+    others = [Path("result/r", name) for name in ("my_model.bin", "scan_12.bin", "notes.txt")]
+    for path in others:
+        path.write_bytes(b"the user's")
+    Path("result/r/old_0.bin").touch()
+    assert "(3 inferred, 0 kept)" in infer("--overwrite")
+    assert [path.read_bytes() for path in others] == [b"the user's"] * 3
+    assert not Path("result/r/old_0.bin").exists()
+
+
+def test_results_into_the_input_folder_are_refused(images, capsys):
+    before = contents("prep")
+    for folder in ("prep", "result/../prep"):
+        Path("result").mkdir(exist_ok=True)
+        output, dirname = folder.rpartition("/")[0] or ".", "prep"
+        with pytest.raises(SystemExit, match="2"):
+            infer("--output", output, "--output_dirname", dirname, "--overwrite")
+        assert "is --input; pass another --output_dirname" in capsys.readouterr().err
+    assert contents("prep") == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_summary_is_written_again(images, content):
+    """As a full disk leaves it."""
+    infer()
+    SUMMARY.write_text(content)
+    assert "(1 inferred, 2 kept)" in infer()
+    assert json.loads(SUMMARY.read_text())["throughput"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model", "x.om"], "x.om: is for ais_bench"),
+        (["--model", "x.pth"], "x.pth: export it first, with intrada_pth2onnx.py"),
+        (["--provider", "cuda"], "this onnxruntime has cpu; uninstall it and install onnxruntime-gpu"),
+        (["--provider", "azure"], "argument --provider: this onnxruntime has cpu\n"),
+        (["--provider", "cdua", "--help"], "argument --provider: this onnxruntime has cpu\n"),
+    ],
+)
+def test_a_model_or_provider_of_another_package_is_wrong_usage(images, args, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        infer(*args)
+    assert words in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- ranks

@@ -213,12 +213,16 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(weights, tmp_path):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("./x.pth", "another file than WEIGHTS"),
+        ("other.pth", "ends in .onnx"),  # as *.pth gives it
+        ("/dev/null", "ends in .onnx"),
         (".", "ONNX must be a file path"),
-        ("none/x.onnx", "ONNX must be a file path"),
+        ("none/x.onnx", "in an existing folder"),
     ],
 )
-def test_wrong_usage_exits_2(capsys, path, words):
+def test_wrong_usage_exits_2_and_writes_nothing(weights, tmp_path, monkeypatch, capsys, path, words):
+    monkeypatch.chdir(tmp_path)
+    Path("other.pth").write_bytes(b"the user's")
     with pytest.raises(SystemExit, match="2"):
-        pth2onnx.main(["x.pth", path])
+        pth2onnx.main([str(weights), path, "--skip_verify"])
     assert words in capsys.readouterr().err
+    assert [path.read_bytes() for path in Path().iterdir()] == [b"the user's"]

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,11 @@ IMAGE_BYTES = 4 * 3 * HEIGHT * WIDTH
 OUTPUTS = 2
 ZEROS: list[Path] = []  # a group of no frames, for which read_group makes zeros
 PROVIDERS = {name[: -len("ExecutionProvider")].lower(): name for name in onnxruntime.get_available_providers()}
+PROVIDERS.pop("azure", None)  # calls a service
+PACKAGES = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino",
+            "cann": "onnxruntime-cann"}  # fmt: skip
+WITH_DEVICE_ID = "cuda", "tensorrt", "cann"
+MODELS_OF_OTHERS = {".om": "is for ais_bench", ".pth": "export it first, with intrada_pth2onnx.py"}
 
 # Set by torchrun, and by other launchers; without all of them this is the only process.
 RANKS = {name: int(os.environ.get(name, -1)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -76,6 +82,7 @@ def load_model(path: Path, provider: str, device: int, threads: int) -> tuple[on
     settings = {}
     if provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if provider in WITH_DEVICE_ID:
         settings["device_id"] = str(device)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(PROVIDERS[provider], settings)])
@@ -129,14 +136,15 @@ def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> 
         InputError: there are results of another model, provider or input, or of ais_bench, and no --overwrite.
     """
     folder = args.folder
+    entries = list_folder(folder) if is_there(folder) else []
+    results = [path for path in entries if re.fullmatch(r".+_[0-9]\.bin", path.name)]
     if not args.input:
-        if is_there(folder):
+        if results:
             raise InputError(f"{folder}: results, whose summary this would replace; pass another --output_dirname")
         folder.parent.mkdir(parents=True, exist_ok=True)
         return []
     folder.mkdir(parents=True, exist_ok=True)
     note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
-    results = [path for path in list_folder(folder) if path.suffix == ".bin"]
     if results and not args.overwrite:
         refuse_other_results(folder, note)
     else:  # in this order, so that at any moment what is there belongs to the note
@@ -145,7 +153,7 @@ def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> 
                 path.unlink()
         note_path.write_text(json.dumps(note, indent=1), encoding="utf-8")
     missing = [path for path in inputs if not all(is_there(target) for target in name_targets(folder, path))]
-    return missing or ([] if is_there(summary_path) else inputs[-args.batchsize :])
+    return missing or ([] if read_json(summary_path) else inputs[-args.batchsize :])
 
 
 def refuse_other_results(folder: Path, note: dict) -> None:
@@ -283,6 +291,13 @@ def describe_run(summary: dict, inputs: list[Path], todo: list[Path], args: argp
     return f"{line}, in {args.folder}" if args.folder else f"{line}, not saved"
 
 
+def known_provider(name: str) -> str:
+    if name not in PROVIDERS:
+        remedy = f"; uninstall it and install {PACKAGES[name]}" if name in PACKAGES else ""
+        raise argparse.ArgumentTypeError(f"this onnxruntime has {', '.join(PROVIDERS)}{remedy}")
+    return name
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Infer with ONNX Runtime on any host, with ais_bench's options and file names."
@@ -296,11 +311,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--loop", metavar="N", type=at_least_one, default=1, help="runs of each batch (default: %(default)s)")
     add("--warmup_count", metavar="N", type=int, help="untimed runs first (default: 0 on cpu, otherwise 1)")
     add("--device", metavar="ID", type=int, default=0, help="device of the provider (default: %(default)s)")
-    add("--provider", choices=PROVIDERS, default="cpu", help="ONNX Runtime execution provider (default: %(default)s)")
+    add("--provider", type=known_provider, default="cpu",
+        help=f"execution provider: {', '.join(PROVIDERS)} (default: %(default)s)")  # fmt: skip
     cpus = max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if IS_RANK else count_cpus()
     add("--threads", metavar="N", type=at_least_one, default=cpus, help="threads per run (default: one per CPU)")
     add("--overwrite", action="store_true", help="remove the results in the folder and infer every frame again")
     args = parser.parse_args(argv)
+    if args.model.suffix in MODELS_OF_OTHERS:
+        parser.error(f"{args.model}: {MODELS_OF_OTHERS[args.model.suffix]}")
     if args.output_dirname and not args.output:
         parser.error("--output_dirname needs --output")
     if args.output and not args.output_dirname:
@@ -311,6 +329,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.warmup_count = int(args.provider != "cpu")
     args.device += LOCAL_RANK
     args.folder = args.output and args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
+    if args.input and args.folder and args.folder.resolve() == args.input.resolve():
+        parser.error(f"{args.folder}: is --input; pass another --output_dirname")
     return args
 
 
