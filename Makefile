@@ -11,7 +11,8 @@ WEIGHTS  :=
 BS       := 1
 PROVIDER := cpu
 SPLIT    := val
-OUT      := $(if $(DATA),out,out/tiny)
+LIMIT    :=
+OUT      := out/$(if $(WEIGHTS),$(shell basename "$(WEIGHTS)" .pth),tiny)
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
@@ -19,9 +20,12 @@ DEV     := $(VENV)/installed-dev
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 TINY    := $(OUT)/cityscapes
 ONNX    := $(OUT)/intraDA_deeplabv2.onnx
-RUN     := $(SPLIT)_$(PROVIDER)_bs$(BS)
+FRAMES  := $(SPLIT)$(if $(LIMIT),_first$(LIMIT))
+RUN     := $(FRAMES)_$(PROVIDER)_bs$(BS)
+PREP    := $(OUT)/prep_$(FRAMES)
 REPORT  := $(OUT)/report_$(RUN).html
 
+frames  := --split $(SPLIT) $(if $(LIMIT),--limit $(LIMIT))
 data    := $(or $(DATA),$(TINY))
 weights := $(or $(WEIGHTS),$(TINY)/tiny_intrada.pth)
 expect  := $(if $(DATA),,--expect 90.2 --tolerance 0.8)
@@ -48,18 +52,18 @@ ifneq ($(if $(DATA),x),$(if $(WEIGHTS),x))
 $(error DATA= and WEIGHTS= go together)
 endif
 
-run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
+run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [LIMIT=20] [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
+	@test -f "$(weights)" || { echo "$(weights): no such file" >&2; exit 1; }
 	@$(BIN)/python tools/infer.py --provider $(PROVIDER) --batchsize $(BS) --help > /dev/null  # refuses bad ones at once
 	@mkdir -p "$(OUT)"
-	$(BIN)/python intrada_preprocess.py "$(data)" "$(OUT)/prep_$(SPLIT)" --split $(SPLIT)
+	$(BIN)/python intrada_preprocess.py "$(data)" "$(PREP)" $(frames)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
-	$(BIN)/python tools/infer.py --model "$(ONNX)" --input "$(OUT)/prep_$(SPLIT)" --output "$(OUT)/result" \
+	$(BIN)/python tools/infer.py --model "$(ONNX)" --input "$(PREP)" --output "$(OUT)/result" \
 		--output_dirname $(RUN) --batchsize $(BS) --provider $(PROVIDER)
-	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" --split $(SPLIT) --json "$(OUT)/metrics_$(RUN).json" \
+	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" $(frames) --json "$(OUT)/metrics_$(RUN).json" \
 		--save_labels "$(OUT)/labels_$(RUN)" $(expect)
-	$(BIN)/python tools/report.py "$(OUT)/metrics_$(RUN).json" --labels "$(OUT)/labels_$(RUN)" --data "$(data)" \
-		--perf "$(OUT)/result/$(RUN)_summary.json" --output "$(REPORT)"
-	@echo "report: file://$$(realpath "$(REPORT)")"
+	$(BIN)/python tools/report.py "$(OUT)/metrics_$(RUN).json" --output "$(REPORT)"
+	@$(BIN)/python -c 'import pathlib, sys; print("report:", pathlib.Path(sys.argv[1]).resolve().as_uri())' "$(REPORT)"
 
 $(TINY)/tiny_intrada.pth: tests/tiny_cityscapes.py tests/tiny_fit.npz $(wildcard tests/tiny/*.png) intrada_pth2onnx.py | $(STAMP)
 	$(BIN)/python tests/tiny_cityscapes.py "$(TINY)"

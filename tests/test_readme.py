@@ -55,7 +55,7 @@ def test_the_tiny_data_set_is_segmented_by_both_ways(walk):
 def test_the_benchmark_table_has_the_miou_of_postprocess(walk):
     metrics = json.loads((walk.folder / "metrics_bs1.json").read_text())
     lines = (walk.folder / "bench/intraDA_deeplabv2/table.md").read_text().splitlines()
-    rows = [line.split("|") for line in lines[2:4]]
+    rows = [line.split("|") for line in lines[4:6]]  # below the date and the model
     assert [(row[1].strip(), row[2].strip()) for row in rows] == [("1", "3"), ("4", "3")]
     assert [float(row[3]) for row in rows] == pytest.approx([100 * metrics["miou"]] * 2, abs=0.01)
 
@@ -160,6 +160,27 @@ def test_make_run_runs_the_steps_in_order():
     assert "--batchsize 4 --provider cuda" in " ".join(on_own_data.split())
     assert "--expect" in plan()
     assert "--expect" not in on_own_data
+
+
+def test_make_run_keeps_runs_apart_by_checkpoint_and_limit():
+    (tiny, own, first) = (plan(*args) for args in ((), OWN_DATA, (*OWN_DATA, "LIMIT=20")))
+    assert '"out/tiny/prep_val"' in tiny
+    assert '"out/my weights/prep_val" --split val' in own and "--limit" not in own
+    assert first.count("--limit 20") == 2
+    assert '"out/my weights/prep_val_first20"' in first and "--output_dirname val_first20_cpu_bs1" in first
+
+
+OWN_DATA = "DATA=/d", "WEIGHTS=a/my weights.pth"
+
+
+def test_make_run_says_first_that_there_is_no_checkpoint(tmp_path):
+    (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
+    for name in ("requirements.txt", "requirements/constraints.txt", ".venv/installed"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    done = subprocess.run(["make", "run", *OWN_DATA], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.startswith("a/my weights.pth: no such file\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_make_run_needs_data_and_weights_together():
