@@ -6,7 +6,7 @@
 #   --soc_version NAME  chip, e.g. 310P3 or Ascend310P3 (default: what npu-smi info shows)
 #   --output_dir DIR    folder for the .om files (default: the current one)
 #   --dry_run           print the commands and run none
-#   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode_v2=mixed_float16
+#   -- ATC_OPTION ...   passed to atc unchanged, e.g. -- --precision_mode=force_fp32
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # started as `sh atc_convert.sh`
 set -Eeuo pipefail
 umask g-w,o-w # newer ais_bench rejects group-writable models
@@ -48,42 +48,55 @@ find_chip() { # in npu-smi's table, the row with a number and the name in the fi
     split($2, cell, " ") == 2 && cell[1] ~ /^[0-9]+$/ { print cell[2]; exit }'
 }
 
+find_soc_version() {
+  soc_version=$(find_chip || true)
+  [[ $soc_version ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
+  [[ $soc_version != Ascend910 ]] || die "npu-smi info shows only Ascend910; \`npu-smi info -t board -i 0 -c 0\` shows the" \
+    "full name, as Chip Name and NPU Name: pass it, e.g. --soc_version Ascend910_9391"
+}
+
+tell_earlier() { [[ ! -e $om.old ]] || echo "; the earlier one is $om.old"; }
+
 interrupted() { # leave no .om that is not complete, and end by the signal
-  rm -f "$om"
-  printf '%s\n' ${summary[@]+"${summary[@]}"} "bs $bs: interrupted, no .om"
+  rm -f "$unfinished"
+  printf '%s\n' ${summary[@]+"${summary[@]}"} "bs $bs: interrupted${unfinished:+, no .om$(tell_earlier)}"
   trap - "$1"
   kill -s "$1" $$
 }
 
 main() {
   parse_args "$@"
-  local bs='' om='' command failed=0 summary=()
+  local prefix bs om='' unfinished='' command failed=0 summary=()
   [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
-  soc_version=${soc_version:-$(find_chip || true)}
-  [[ $soc_version ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
+  [[ $soc_version ]] || find_soc_version
+  prefix=$output_dir/$(basename "$onnx" .onnx)_bs
+  prefix=${prefix#./}
   if [[ ! $dry_run ]]; then
+    for bs in "${batch_sizes[@]}"; do
+      om=$prefix$bs.om
+      [[ ! -e $om || ! -e $om.old ]] || die "$om.old of a failed conversion and a newer $om: remove one of them"
+    done
     mkdir -p "$output_dir"
-    trap 'interrupted HUP' HUP
-    trap 'interrupted INT' INT
-    trap 'interrupted TERM' TERM
+    trap 'interrupted HUP' HUP; trap 'interrupted INT' INT; trap 'interrupted TERM' TERM
   fi
   for bs in "${batch_sizes[@]}"; do
-    om=$output_dir/$(basename "$onnx" .onnx)_bs$bs.om
-    om=${om#./}
+    om=$prefix$bs.om
     command=(atc "--model=$onnx" --framework=5 "--output=${om%.om}" --input_format=NCHW
       "--input_shape=image:$bs,3,512,1024" --log=error "--soc_version=$(name_chip "$soc_version")"
       ${atc_options[@]+"${atc_options[@]}"})
     show "${command[@]}"
     [[ ! $dry_run ]] || continue
-    rm -f "$om" # or one of an earlier run would pass for this one's
+    [[ ! -e $om ]] || mv "$om" "$om.old" # or it would pass for this run's
+    unfinished=$om
     if "${command[@]}" >&2 && [[ -f $om ]]; then
+      unfinished=''
+      rm -f "$om.old"
       summary+=("bs $bs: made $om")
     else
       rm -f "$om"
-      failed=1 summary+=("bs $bs: FAILED; see atc's messages above and docs/ascend.md")
+      failed=1 unfinished='' summary+=("bs $bs: FAILED, see atc's messages above and docs/ascend.md$(tell_earlier)")
     fi
-    om='' # complete, or gone
   done
   [[ $dry_run ]] || printf '%s\n' "${summary[@]}"
   return $failed

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from support import ROOT, ascend_environment, save_small_model
+from support import OWN_GROUP, ROOT, ascend_environment, save_small_model
 
 SCRIPT = ROOT / "atc_convert.sh"
 SIZES = 1, 4, 8, 16, 32, 64
+WITHOUT_ATC = f"{Path(sys.executable).parent}:/usr/bin:/bin"
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_failed_batch_size_leaves_no_om_and_the_others_are_made(folder, how):
     for size in (1, 4):
         (folder / f"intraDA_deeplabv2_bs{size}.om").write_text("of an earlier run")
     done = convert(folder, 1, 4, 8, status=1, FAKE_ATC_FAIL=f"4:{how}")
-    assert [line.split()[2] for line in done.stdout.splitlines()[3:]] == ["made", "FAILED;", "made"]
+    assert [line.split()[2] for line in done.stdout.splitlines()[3:]] == ["made", "FAILED,", "made"]
     made = {name: json.loads(content)["batch"] for name, content in contents(folder).items()}
     assert made == {"intraDA_deeplabv2_bs1.om": 1, "intraDA_deeplabv2_bs8.om": 8}
     assert how == "silent" or "as FAKE_ATC_FAIL requires" in done.stderr  # atc's own message, which it prints to stdout
@@ -93,17 +94,62 @@ def test_an_interrupted_conversion_leaves_no_om_and_ends_a_loop_around_it(folder
         (folder / "atc").write_text(atc)
         (folder / "atc").chmod(0o755)
         environment["PATH"] = f"{folder}:{environment['PATH']}"
+    om, earlier = folder / "intraDA_deeplabv2_bs4.om", folder / "intraDA_deeplabv2_bs4.om.old"
+    om.write_text("of an earlier run")
     process = subprocess.Popen(
-        ["bash", SCRIPT, "4", "8"], cwd=folder, env=environment, start_new_session=True, stdout=subprocess.PIPE
+        ["bash", SCRIPT, "4", "8"], cwd=folder, env=environment, stdout=subprocess.PIPE, **OWN_GROUP
     )
-    while not contents(folder):
+    while not (earlier.exists() and om.exists()):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal_number)
     stdout, _ = process.communicate(timeout=30)
     assert process.returncode == -signal_number  # by which a shell ends its loop too
-    assert stdout.decode().splitlines() == [command_for(4), "bs 4: interrupted, no .om"]
+    assert stdout.decode().splitlines() == [
+        command_for(4),
+        f"bs 4: interrupted, no .om; the earlier one is {earlier.name}",
+    ]
     assert contents(folder) == {}
+    assert earlier.read_text() == "of an earlier run"
+
+
+def test_an_interruption_before_atc_starts_removes_nothing(folder):
+    (folder / "sed").write_text("#!/bin/sh\ntouch printing\nsleep 60\n")  # by which a command is printed
+    (folder / "sed").chmod(0o755)
+    (folder / "intraDA_deeplabv2_bs4.om").write_text("of an earlier run")
+    environment = ascend_environment()
+    environment["PATH"] = f"{folder}:{environment['PATH']}"
+    process = subprocess.Popen(["bash", SCRIPT, "4"], cwd=folder, env=environment, stdout=subprocess.PIPE, **OWN_GROUP)
+    while not (folder / "printing").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (-signal.SIGTERM, b"bs 4: interrupted\n")
+    assert contents(folder) == {"intraDA_deeplabv2_bs4.om": b"of an earlier run"}
+
+
+def test_an_earlier_om_is_kept_until_a_conversion_succeeds(folder):
+    om, earlier = folder / "intraDA_deeplabv2_bs4.om", folder / "intraDA_deeplabv2_bs4.om.old"
+    om.write_text("of an earlier run")
+    for settings in ({}, {"FAKE_ATC_FAIL": "4:late"}):  # the second failure finds no .om
+        options = [] if settings else ["--", "--precison_mode=force_fp32"]
+        done = convert(folder, 4, *options, status=1, **settings)
+        assert done.stdout.splitlines()[-1].startswith("bs 4: FAILED")
+        assert done.stdout.endswith("; the earlier one is intraDA_deeplabv2_bs4.om.old\n")
+        assert (om.exists(), earlier.read_text()) == (False, "of an earlier run")
+    assert "earlier" not in convert(folder, 4).stdout
+    assert (om.exists(), earlier.exists()) == (True, False)
+
+
+def test_of_two_earlier_oms_none_is_overwritten(folder):
+    paths = [folder / f"intraDA_deeplabv2_bs4.om{ending}" for ending in ("", ".old")]
+    for path in paths:  # as kill -9 leaves them
+        path.write_text(path.name)
+    done = convert(folder, 1, 4, status=1)
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+    assert "intraDA_deeplabv2_bs4.om.old" in done.stderr
+    assert [path.read_text() for path in paths] == [path.name for path in paths]
 
 
 def test_another_model_and_folder_whatever_the_umask(folder):
@@ -114,22 +160,22 @@ def test_another_model_and_folder_whatever_the_umask(folder):
     assert [oct(path.stat().st_mode & 0o777) for path in paths] == ["0o755", "0o644"]
 
 
-@pytest.mark.parametrize("option", [["--soc_version", "310B4"], ["--soc_version=Ascend310B4"]])
-def test_the_chip_is_prefixed_once(folder, option):
-    assert convert(folder, 1, "--dry_run", *option).stdout == command_for(1, "Ascend310B4") + "\n"
-
-
 @pytest.mark.parametrize(
-    ("name", "soc_version"),
+    ("option", "soc_version"),
     [
-        ("ascend310p3", "Ascend310P3"),
-        ("310p3", "Ascend310P3"),
-        ("Ascend910ProA", "Ascend910ProA"),
-        ("ascend910_9391", "Ascend910_9391"),
+        (["--soc_version", "310B4"], "Ascend310B4"),
+        (["--soc_version=Ascend310B4"], "Ascend310B4"),
+        (["--soc_version=310p3"], "Ascend310P3"),
+        (["--soc_version=ascend310p3"], "Ascend310P3"),
+        (["--soc_version=Ascend910ProA"], "Ascend910ProA"),
+        (["--soc_version=ascend910_9391"], "Ascend910_9391"),
+        (["--soc_version=Ascend910"], "Ascend910"),
     ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_chip_means_the_same_in_either_case(folder, name, soc_version):
-    assert convert(folder, 1, "--dry_run", "--soc_version", name).stdout == command_for(1, soc_version) + "\n"
+def test_a_chip_that_was_given_is_prefixed_once(folder, option, soc_version):
+    done = convert(folder, 1, "--dry_run", *option, FAKE_CHIPS="A3")
+    assert done.stdout == command_for(1, soc_version) + "\n"
 
 
 def test_an_interrupted_dry_run_removes_nothing(folder):
@@ -151,20 +197,31 @@ def test_sh_starts_bash(folder):
     assert (done.returncode, done.stdout, done.stderr) == (0, command_for(1) + "\n", "")
 
 
-def test_an_option_that_atc_rejects_leaves_no_om_and_says_so(folder):
-    done = convert(folder, 1, "--", "--no_such=1", status=1)
-    assert done.stdout.splitlines()[-1].startswith("bs 1: FAILED")
-    assert contents(folder) == {}
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--precision_mode=force_fp32",
+        "--precision_mode=allow_mix_precision",
+        "--precision_mode=allow_fp32_to_fp16",
+        "--precision_mode_v2=mixed_float16",
+    ],
+)
+def test_a_precision_option_reaches_atc(folder, option):
+    done = convert(folder, 1, "--", option)
+    assert done.stdout.splitlines()[0] == f"{command_for(1)} {option}"
+    name, value = option[2:].split("=")
+    assert json.loads(contents(folder)["intraDA_deeplabv2_bs1.om"])[name] == value
+
+
+def test_without_a_driver_atc_s_message_and_the_summary_are_shown(folder):
+    done = convert(folder, 1, 4, "--soc_version=310P3", status=1, FAKE_ATC_FAIL="devlib")
+    assert done.stderr.count("error while loading shared libraries: libascend_hal.so") == 2
+    assert [line[:12] for line in done.stdout.splitlines()[2:]] == ["bs 1: FAILED", "bs 4: FAILED"]
+    assert "libascend_hal.so" in (ROOT / "docs" / "ascend.md").read_text()  # to which the summary leads
 
 
 def test_atc_s_options_without_the_dashes_before_them_are_wrong_usage(folder):
     assert "-- --precision_mode_v2=fp16" in convert(folder, "--precision_mode_v2=fp16", status=2).stderr
-
-
-def test_what_is_missing_is_named_in_the_order_atc_model_chip(folder):
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    assert "no atc" in convert(folder, "none.onnx", status=1, FAKE_CHIPS="", PATH=path).stderr
-    assert "none.onnx: no such file" in convert(folder, "none.onnx", status=1, FAKE_CHIPS="").stderr
 
 
 @pytest.mark.parametrize(
@@ -175,17 +232,22 @@ def test_the_chip_is_read_from_every_form_of_npu_smi_s_table(folder, chips):
     assert convert(folder, 1, "--dry_run", FAKE_CHIPS=chips).stdout == command_for(1, f"Ascend{first}") + "\n"
 
 
+def test_an_older_server_s_chip_is_read_as_its_table_has_it(folder):
+    assert convert(folder, 1, "--dry_run", FAKE_CHIPS="older").stdout == command_for(1, "Ascend910ProB") + "\n"
+
+
 @pytest.mark.parametrize(
     ("args", "settings", "words"),
     [
-        (["x.onnx"], {}, ["x.onnx: no such file", "intrada_pth2onnx.py"]),
-        ([], {"FAKE_CHIPS": ""}, ["--soc_version"]),
-        ([], {"FAKE_CHIPS": "broken"}, ["--soc_version"]),
-        (["--soc_version=310P3"], {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}, ["no atc", "set_env.sh"]),
+        (["x.onnx"], {"FAKE_CHIPS": "", "PATH": WITHOUT_ATC}, ["no atc", "set_env.sh"]),
+        (["x.onnx"], {"FAKE_CHIPS": ""}, ["x.onnx: no such file", "intrada_pth2onnx.py"]),
+        ([], {"FAKE_CHIPS": ""}, ["no chip", "--soc_version 310P3"]),
+        ([], {"FAKE_CHIPS": "broken"}, ["no chip", "--soc_version 310P3"]),
+        ([], {"FAKE_CHIPS": "A3"}, ["npu-smi info -t board -i 0 -c 0", "--soc_version Ascend910_9391"]),
     ],
-    ids=["model", "chip", "broken_npu_smi", "atc"],
+    ids=["atc", "model", "chip", "broken_npu_smi", "full_name"],
 )
-def test_what_is_missing_is_one_line_with_the_remedy(folder, args, settings, words):
+def test_what_is_missing_is_one_line_with_the_remedy_atc_and_model_first(folder, args, settings, words):
     stderr = convert(folder, *args, status=1, **settings).stderr
     assert stderr.startswith("atc_convert.sh: error: ")
     assert all(word in stderr for word in words)
