@@ -44,15 +44,13 @@ name_chip() { # Ascend310P3 from 310P3, ascend310p3 and the like; Ascend910ProA 
 }
 
 find_chip() { # in npu-smi's table, the row with a number and the name in the first cell and the health in the second
-  npu-smi info 2>/dev/null | awk -F'|' '$3 ~ /^ *(OK|Warning|Alarm|Critical|UNKNOWN) *$/ &&
-    split($2, cell, " ") == 2 && cell[1] ~ /^[0-9]+$/ { print cell[2]; exit }'
-}
-
-find_soc_version() {
-  soc_version=$(find_chip || true)
-  [[ $soc_version ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
-  [[ $soc_version != Ascend910 ]] || die "npu-smi info shows only Ascend910; \`npu-smi info -t board -i 0 -c 0\` shows the" \
-    "full name, as Chip Name and NPU Name: pass it, e.g. --soc_version Ascend910_9391"
+  local name
+  name=$(npu-smi info 2>/dev/null | awk -F'|' '$3 ~ /^ *(OK|Warning|Alarm|Critical|UNKNOWN) *$/ &&
+    split($2, cell, " ") == 2 && cell[1] ~ /^[0-9]+$/ { print cell[2]; exit }') || true
+  [[ $name ]] || die "npu-smi info shows no chip; pass it, e.g. --soc_version 310P3"
+  [[ $name != Ascend910 ]] || die "npu-smi info shows only Ascend910; \`npu-smi info -t board -i 0 -c 0\` shows the" \
+    "full name, <Chip Name>_<NPU Name>; pass it, e.g. --soc_version Ascend910_9391"
+  echo "$name"
 }
 
 tell_earlier() { [[ ! -e $om.old ]] || echo "; the earlier one is $om.old"; }
@@ -69,7 +67,7 @@ main() {
   local prefix bs om='' unfinished='' command failed=0 summary=()
   [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
-  [[ $soc_version ]] || find_soc_version
+  [[ $soc_version ]] || soc_version=$(find_chip)
   prefix=$output_dir/$(basename "$onnx" .onnx)_bs
   prefix=${prefix#./}
   if [[ ! $dry_run ]]; then
