@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Segment any images with an .onnx or .om and draw the prediction over them.
 
-    IMAGE, or a folder of images        any size and format that Pillow opens; EXIF's rotation is applied
- -> DIR/<name>_overlay.jpg              the prediction over the image, and below it each class with its share of pixels
- -> DIR/<name>_color.png                the prediction in Cityscapes' colors, a palette PNG of the image's size
+    IMAGE, or a folder, with all below   any size and format that Pillow opens; EXIF's rotation is applied
+ -> OUTPUT/<name>_overlay.jpg            the prediction over the image, and below it the classes' shares of pixels
+ -> OUTPUT/<name>_color.png              the prediction in Cityscapes' colors, a palette PNG of the image's size
+ -> OUTPUT/shares.csv                    one row per image: <name>, and each class's fraction of the pixels, 0 to 1
 
-<name> is the image's name without its suffix, and with it where two images would share a name. The model sees every
-image at 1024 x 512, whatever its shape, and was trained on street scenes: results elsewhere will be poor. A file that
-is no image is reported, the others are drawn, and the exit status is 1; a path that is missing ends it at once. A
-temporary folder takes 8 MB per image while this runs; TMPDIR says where.
+<name> is the image's path below the given folder without its suffix, and with it where two images would share a name;
+of several folders, each one's own name comes first. The model sees every image at 1024 x 512, whatever its shape, and
+was trained on street scenes: results elsewhere will be poor. An image that cannot be segmented is reported, the others
+are drawn, and the exit status is 1; a path that is missing ends it at once. Interrupted and restarted with --skip_done,
+it resumes. Temporary files take 0.3 GB on a CPU, 2 GB on other devices; TMPDIR says where.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -17,23 +19,30 @@ temporary folder takes 8 MB per image while this runs; TMPDIR says where.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import functools
+import io
+import mimetypes
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm.contrib.concurrent import thread_map
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from intrada_postprocess import (
     CLASSES,
+    NAMES,
     PALETTE,
     InputError,
     count_cpus,
@@ -47,153 +56,242 @@ from intrada_postprocess import (
 )
 from intrada_preprocess import to_input
 
+with contextlib.suppress(ImportError):  # opens HEIC
+    __import__("pillow_heif").register_heif_opener()
+
+CPU_GROUP, GROUP = 32, 256  # images; loading the model takes 1 s on a CPU, and longer than all else on other devices
+IMAGES_AT_ONCE = 4  # a photo of 24 megapixels takes 0.6 GB
+OUR_NAMES = re.compile(r"(.+_overlay\.jpg|.+_color\.png|shares\.csv)(\.part)?", re.DOTALL)
+HEADER = ["image", *NAMES]
+UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # by EXIF's orientation  # fmt: skip
 SWATCH, ROW = 10, 16  # pixels of the legend, before it is enlarged
 
 
 class Source(NamedTuple):
-    """An image, the name of its results, and a number for its temporary files, since ais_bench refuses most names."""
+    """An image, its results, and a number for its temporary files, since ais_bench refuses most names."""
 
     path: Path
     name: str
+    overlay: Path
+    color: Path
     number: str
 
 
 def find_images(paths: list[Path], output: Path) -> list[Source]:
-    """List the images and those in folders, and name their results.
+    """List the images, and those below folders, except what is in OUTPUT, and name their results.
 
     Raises:
-        InputError: there are none, two results would have the same name, or a result would overwrite an image.
+        InputError: there are none, two results would have the same name, or OUTPUT holds other images than results.
     """
-    images = [image for path in paths for image in list_folder(path) or [path]]
-    images = [image for image in images if not image.is_dir()]
-    if not images:
+    others = [path for path in walk(output, set()) if not OUR_NAMES.fullmatch(path.name)] if is_there(output) else []
+    others = [str(path) for path in others if (mimetypes.guess_type(path.name)[0] or "image/").startswith("image/")]
+    if others:
+        raise InputError(f"{output}: holds what may be images of yours; pass another --output: {first_five(others)}")
+    visited = {output.resolve()}
+    inputs = [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]
+    several = sum(path.is_dir() for path in inputs) > 1
+    found = []
+    for path in inputs:
+        folder = path if path.is_dir() else path.parent
+        start = path.resolve().name if several and path.is_dir() else ""
+        found += [(image, start / image.relative_to(folder)) for image in walk(path, visited)]
+    if not found:
         raise InputError(f"{first_five([str(path) for path in paths])}: no images")
-    stems = Counter(image.stem for image in images)
-    names = [image.name if stems[image.stem] > 1 else image.stem for image in images]
+    stems = Counter(place.with_suffix("") for _, place in found)
+    names = [str(place if stems[place.with_suffix("")] > 1 else place.with_suffix("")) for _, place in found]
     counts = Counter(names)
-    duplicates = [str(image) for image, name in zip(images, names) if counts[name] > 1]
+    duplicates = [str(image) for (image, _), name in zip(found, names) if counts[name] > 1]
     if duplicates:
         raise InputError(f"images whose results would have the same name: {first_five(duplicates)}")
-    targets = {target.resolve() for name in names for target in name_targets(output, name)}
-    overwritten = [str(image) for image in images if image.resolve() in targets]
-    if overwritten:
-        raise InputError(f"{output}: results would overwrite images; pass another --output: {first_five(overwritten)}")
-    return [Source(image, name, f"{n:05}") for n, (image, name) in enumerate(zip(images, names))]
+    results = [(name, output / f"{name}_overlay.jpg", output / f"{name}_color.png") for name in names]
+    return [Source(image, *result, f"{n:05}") for n, ((image, _), result) in enumerate(zip(found, results))]
 
 
-def name_targets(output: Path, name: str) -> tuple[Path, Path]:
-    return output / f"{name}_overlay.jpg", output / f"{name}_color.png"
+def walk(path: Path, visited: set[Path]) -> list[Path]:
+    """List a file, or the files below a folder in a fixed order; a folder that was visited has none."""
+    if not path.is_dir():
+        return [path]
+    folder = path.resolve()
+    entries = [] if folder in visited else list_folder(path)
+    visited.add(folder)
+    return [file for entry in entries for file in walk(entry, visited)]
 
 
-def for_all(step: Callable[[Source], None], images: list[Source], title: str) -> tuple[list[Source], list[str]]:
-    """Do a step for every image in threads; return the images that it succeeded for, and the errors of the others."""
+def read_shares(output: Path) -> dict[str, list[str]]:
+    """Read the fractions of shares.csv by image; none if there is no such file."""
+    path = output / "shares.csv"
+    if not is_there(path):
+        return {}
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.reader(file))
+    if rows[:1] != [HEADER]:
+        raise InputError(f"{path}: was not written by this script; pass another --output")
+    return {row[0]: row[1:] for row in rows[1:] if len(row) == len(HEADER)}
+
+
+def write_shares(output: Path, shares: dict[str, list[str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *([name, *shares[name]] for name in sorted(shares))])
+    write({output / "shares.csv": text.getvalue().encode("utf-8", "surrogateescape")})
+
+
+def write(contents: dict[Path, bytes]) -> None:
+    """Write files as `.part` and rename them, all or none."""
+    parts = {target: target.with_name(f"{target.name}.part") for target in contents}
+    try:
+        for target, part in parts.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(contents[target])
+        for target, part in parts.items():
+            part.replace(target)
+    except OSError as error:
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()
+        raise OSError(error.errno, error.strerror, str(target)) from None
+
+
+def for_all(step: functools.partial, images: list[Source], stop: threading.Event) -> dict[Source, str]:
+    """Do a step for every image in threads, until it is to stop; return the errors of those that failed."""
 
     def attempt(image: Source) -> str | None:
         try:
-            step(image)
+            return "interrupted" if stop.is_set() else step(image)
         except InputError as error:
             return str(error)
-        return None
 
-    errors = thread_map(attempt, images, desc=title, unit="image", disable=None, max_workers=count_cpus())
-    return [image for image, error in zip(images, errors) if not error], [error for error in errors if error]
+    with ThreadPoolExecutor(min(IMAGES_AT_ONCE, count_cpus())) as pool:
+        return {image: error for image, error in zip(images, pool.map(attempt, images)) if error}
 
 
 def read_image(path: Path) -> Image.Image:
     """Decode an image as RGB: upright, 16-bit gray scaled to 8, on white where it is transparent.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or would not look as it should.
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # convert would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if file.format == "TIFF" and path.suffix.lower() not in (".tif", ".tiff"):  # Pillow opens its thumbnail
+                raise ValueError("camera raw; convert it first")
+            image = file.copy()
+            with contextlib.suppress(Exception):  # it has no EXIF, or a damaged one
+                image = image.transpose(UPRIGHT[file.getexif()[0x0112]])
+        if image.mode[0] in "IF":  # convert would clip at 255
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError("32 bits per sample; convert it to 8 or 16 first")
+            image = Image.fromarray((values >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises nearly everything
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        remedy = "; HEIC needs the package pillow_heif" if path.suffix.lower() in (".heic", ".heif") else ""
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}{remedy}") from None
 
 
 def prepare(image: Source, folder: Path) -> None:
-    """Write the network's input."""
-    (folder / "input" / f"{image.number}.bin").write_bytes(to_input(read_image(image.path)))
+    write({folder / f"{image.number}.bin": to_input(read_image(image.path))})
 
 
-def infer(images: list[Source], folder: Path, args: argparse.Namespace) -> None:
-    """Run tools/infer.py or ais_bench: folder/input/<number>.bin -> folder/logits/<number>_1.bin.
-
-    Raises:
-        InputError: it failed, or results are missing.
-    """
-    tool = ["-m", "ais_bench"]
-    if args.model.suffix == ".onnx":
-        tool = [str(Path(__file__).with_name("infer.py")), "--provider", args.provider]
-    options = ["--input", str(folder / "input"), "--output", str(folder), "--output_dirname", "logits"]
-    options += ["--model", str(args.model), "--batchsize", "1", "--device", str(args.device)]
+def infer(images: list[Source], folder: Path, args: argparse.Namespace, bar: tqdm, stop: threading.Event) -> None:
+    """Run tools/infer.py or ais_bench, and kill it if it is to stop: <number>.bin -> logits/<number>_1.bin."""
+    is_om = args.model.suffix == ".om"
+    tool = ["-m", "ais_bench"] if is_om else [str(Path(__file__).with_name("infer.py")), "--provider", args.provider]
+    command = [sys.executable, *tool, "--model", str(args.model), "--batchsize", "1", "--device", str(args.device)]
+    command += ["--input", str(folder), "--output", str(folder), "--output_dirname", "logits"]
     # as a rank of torchrun, tools/infer.py would take only a part of the images
     environment = {name: os.environ[name] for name in os.environ.keys() - {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-    command = [sys.executable, *tool, *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment)
+    log, before = folder / "log", bar.n
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as child:
+        while child.poll() is None and not stop.wait(0.1):
+            bar.update(before + len(list(folder.glob("logits/*_1.bin"))) - bar.n)
+        child.kill()  # if it has not ended
     missing = [image for image in images if not is_there(folder / "logits" / f"{image.number}_1.bin")]
-    if done.returncode or missing:
-        last_lines = " | ".join(["see its messages above", *done.stdout.splitlines()[-3:]])
-        problem = f"inference ended with status {done.returncode}, results missing: {len(missing)} of {len(images)}"
-        raise InputError(f"{args.model}: {problem}; {last_lines}")
+    bar.update(before + len(images) - len(missing) - bar.n)
+    if child.returncode or missing:
+        last_lines = " | ".join(log.read_text(errors="replace").splitlines()[-5:])
+        problem = f"inference ended with status {child.returncode}, results missing: {len(missing)} of {len(images)}"
+        raise InputError(f"{args.model}: {problem}, in {folder}: {last_lines}")
 
 
-def draw(image: Source, folder: Path, output: Path) -> None:
-    """Write an image's overlay and color map, both or none of them."""
+def draw(image: Source, folder: Path, shares: dict[str, list[str]]) -> None:
+    """Write an image's overlay and color map, and note its shares."""
     photo = read_image(image.path)
-    logits = read_logits(folder / "logits" / f"{image.number}_1.bin")
-    prediction = predict(logits, (photo.height, photo.width))
+    prediction = predict(read_logits(folder / "logits" / f"{image.number}_1.bin"), (photo.height, photo.width))
+    fractions = np.bincount(prediction.ravel(), minlength=len(CLASSES)) / prediction.size
     color_map = Image.fromarray(prediction)
     color_map.putpalette(PALETTE)
-    legend = draw_legend(np.bincount(prediction.ravel(), minlength=len(CLASSES)) / prediction.size, photo.size)
+    legend = draw_legend(fractions, photo.size)
     overlay = Image.new("RGB", (max(photo.width, legend.width), photo.height + legend.height), "white")
     overlay.paste(Image.blend(photo, color_map.convert("RGB"), 0.5))
     overlay.paste(legend, (0, photo.height))
-    targets = name_targets(output, image.name)
+    jpg, png = io.BytesIO(), io.BytesIO()  # to which Pillow writes whole, and to a full disk perhaps not
     try:
-        overlay.save(targets[0], quality=90)
-        color_map.save(targets[1], compress_level=1)
-    except OSError as error:  # a full disk, or a side above JPEG's 65500 pixels
-        for target in filter(is_there, targets):
-            target.unlink()
-        raise InputError(f"{targets[0]}: {error.strerror or error}") from None
+        overlay.save(jpg, "JPEG", quality=90)
+        color_map.save(png, "PNG", compress_level=1)
+        write({image.overlay: jpg.getvalue(), image.color: png.getvalue()})
+    except OSError as error:  # the name is too long, or a side above JPEG's 65500 pixels
+        raise InputError(f"{image.overlay}: {error.strerror or error}") from None
+    shares[image.name] = [f"{fraction:.9f}" for fraction in fractions]
 
 
 def draw_legend(shares: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Draw the classes that occur, largest first; small, then enlarged, since Pillow 9's own font has only one size.
-
-    Args:
-        shares: (19) fractions of the pixels.
-        size: the image's width and height.
-    """
-    classes = [n for n in np.argsort(-shares, kind="stable") if shares[n]]
-    texts = [f"{CLASSES[n][1]}  {percent(shares[n])} %" for n in classes]
+    """Draw the classes, each in its own place; small, then enlarged, since Pillow 9's own font has only one size."""
+    names = [name.replace(" ", "  ") for name in NAMES]  # one space of this font is hardly seen
+    figures = [f"{percent(share)} %" for share in shares]
+    widths = {text: ImageFont.load_default().getmask(text).size[0] for text in [*names, *figures, "100.00 %"]}
+    cell = SWATCH + max(widths[name] for name in names) + widths["100.00 %"] + 28
     factor = max(1, round((size[0] * size[1]) ** 0.5 / 650))
-    cell = max(ImageFont.load_default().getmask(text).size[0] for text in texts) + SWATCH + 14
-    columns = max(1, size[0] // factor // cell)
-    rows = -(-len(texts) // columns)
-    legend = Image.new("RGB", (columns * cell, rows * ROW + 4), "white")
+    columns = min(len(names), max(1, size[0] // factor // cell))
+    legend = Image.new("RGB", (columns * cell, -(-len(names) // columns) * ROW + 4), "white")
     pen = ImageDraw.Draw(legend)
-    for position, (n, text) in enumerate(zip(classes, texts)):
-        x, y = position % columns * cell + 4, position // columns * ROW + 5
+    for n in np.flatnonzero(shares >= 0.00005):
+        x, y = n % columns * cell + 4, n // columns * ROW + 5
         pen.rectangle((x, y, x + SWATCH, y + SWATCH), fill=CLASSES[n][3])
-        pen.text((x + SWATCH + 4, y), text, fill="black")
+        pen.text((x + SWATCH + 4, y), names[n], fill="black")
+        pen.text((x + cell - 16 - widths[figures[n]], y), figures[n], fill="black")
     return legend.resize((legend.width * factor, legend.height * factor), Image.NEAREST)
+
+
+def segment(images: list[Source], args: argparse.Namespace, stop: threading.Event) -> list[str]:
+    """Prepare, infer and draw group after group, until it is to stop; return what is wrong with which image."""
+    shares = read_shares(args.output)
+    write_shares(args.output, shares)  # before any work, since OUTPUT may be read-only
+    if args.skip_done:
+        done = {i for i in images if i.name in shares and is_there(i.overlay) and is_there(i.color)}
+        print(f"images left out, whose results are there: {len(done)}")
+        images = [image for image in images if image not in done]
+    size = CPU_GROUP if args.model.suffix == ".onnx" and args.provider == "cpu" else GROUP
+    errors, drawn = {}, {}
+    try:
+        with tqdm(total=len(images), unit="image", disable=None) as bar:
+            for group in [images[n : n + size] for n in range(0, len(images), size)]:
+                if stop.is_set():
+                    break
+                with tempfile.TemporaryDirectory(prefix="segment_") as name:
+                    folder = Path(name)
+                    errors.update(for_all(functools.partial(prepare, folder=folder), group, stop))
+                    readable = [image for image in group if image not in errors]
+                    bar.update(len(group) - len(readable))
+                    if readable:
+                        infer(readable, folder, args, bar, stop)
+                    errors.update(for_all(functools.partial(draw, folder=folder, shares=drawn), readable, stop))
+                write_shares(args.output, {**shares, **drawn})
+    finally:
+        print(f"overlays written to {args.output}: {len(drawn)}", flush=True)  # a signal ends the process without that
+    return list(errors.values())
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Segment any images and draw the prediction over them.")
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help=".onnx (any host) or .om of batch size 1 (Ascend)")
-    add("images", metavar="IMAGE_OR_FOLDER", type=Path, nargs="+", help="images, or folders of images")
-    add("--output", metavar="DIR", type=Path, required=True, help="folder to write to")
+    add("images", metavar="IMAGE_OR_FOLDER", type=Path, nargs="+", help="images, or folders with images below")
+    add("--output", metavar="DIR", type=Path, required=True, help="folder to write to; holds no other images")
+    add("--skip_done", action="store_true", help="leave out images whose results are there")
     add("--device", metavar="ID", type=int, default=0, help="device of ais_bench or provider (default: %(default)s)")
     add("--provider", default="cpu", help="of tools/infer.py, for an .onnx (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -206,16 +304,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.model.stat()  # raises if there is none
     images = find_images(args.images, args.output)
-    args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="segment_") as name:
-        folder = Path(name)
-        (folder / "input").mkdir()
-        readable, errors = for_all(functools.partial(prepare, folder=folder), images, "read")
-        if readable:
-            infer(readable, folder, args)
-        drawn, more_errors = for_all(functools.partial(draw, folder=folder, output=args.output), readable, "draw")
-    print(f"overlays written to {args.output}: {len(drawn)}")
-    errors += more_errors
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as worker:  # signals interrupt only the main thread: what is begun there is finished
+        try:
+            errors = worker.submit(segment, images, args, stop).result()
+        finally:
+            stop.set()
     if errors:
         raise InputError(f"{len(errors)} of {len(images)} images cannot be segmented: {first_five(errors, '; ')}")
     return 0
