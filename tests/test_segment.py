@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
 import os
+import pty
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import tools.segment as tool
 from intrada_postprocess import CLASSES, PALETTE, predict
 from intrada_preprocess import to_input
-from support import GOLDEN_DATA_DIR, GOLDEN_FRAME, ROOT, ascend_environment, error_of, refusal, run, save_small_model
+from support import (
+    GOLDEN_DATA_DIR,
+    GOLDEN_FRAME,
+    OWN_GROUP,
+    ROOT,
+    ascend_environment,
+    error_of,
+    refusal,
+    run,
+    save_small_model,
+)
 
 SCRIPT = "tools/segment.py"
 SEGMENT = "x.onnx", "in", "--output", "out"
@@ -33,6 +50,9 @@ ALPHA = PHOTO.copy()
 ALPHA.putalpha(MASK)
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # to be turned clockwise
+ZERO = bytes.fromhex(  # the same, and a resolution of 0 / 0
+    "45786966 0000 4d4d002a00000008 0002 0112000300000001 00060000 011a000500000001 00000026 00000000 0000000000000000"
+)
 
 # The file, its image, how it is saved, the name of its results, and what is seen on it; None: what is decoded.
 KINDS = [
@@ -40,7 +60,10 @@ KINDS = [
     ("lossy.jpg", PHOTO, {}, "lossy", None),
     ("with space.webp", PHOTO, {"lossless": True}, "with space", PHOTO),
     ("街景.v1.2.bmp", PHOTO, {}, "街景.v1.2", PHOTO),
-    ("turned.jpg", PHOTO, {"exif": TURNED}, "turned", None),
+    ("turned.jpg", PHOTO, {"exif": TURNED}, "turned.jpg", None),
+    ("turned.TIFF", PHOTO, {"exif": TURNED}, "turned.TIFF", PHOTO),
+    ("zero.jpg", PHOTO, {"exif": ZERO}, "zero", None),
+    ("no exif.png", PHOTO, {"exif": b"no EXIF"}, "no exif", PHOTO),
     ("gray.png", GRAY, {}, "gray", GRAY),
     ("alpha.png", ALPHA, {}, "alpha", CUT_OUT),
     ("palette.gif", PALETTED, {}, "palette", PALETTED),
@@ -63,37 +86,52 @@ def weights(tmp_path, monkeypatch) -> np.ndarray:
     return save_small_model(Path("x.onnx"))
 
 
-def results() -> list[str]:
+def results(folder: str = "out") -> list[str]:
+    """List the names of the results, once; there is nothing else, and no temporary folder."""
     assert list(Path("tmp").iterdir()) == []
-    return sorted(path.name for path in Path("out").iterdir())
+    files = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if not path.is_dir()]
+    names = sorted(name[: -len("_color.png")] for name in files if name.endswith("_color.png"))
+    expected = [f"{name}_{ending}" for name in names for ending in ("color.png", "overlay.jpg")]
+    assert sorted(files) == sorted([*expected, "shares.csv"])
+    return names
+
+
+def shares() -> dict[str, list[float]]:
+    with Path("out/shares.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["image", *(name for _, name, _, _ in CLASSES)]
+    found = {name: list(map(float, fractions)) for name, *fractions in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def test_every_kind_of_image_is_segmented_and_what_is_none_is_named(weights):
     for name, image, options, _, _ in KINDS:
         image.save(Path("in", name), **options)
-    Path("in", "notes.txt").write_text("no image")
+    for name in ("n" * 246, "街" * 82):  # a result's name is 255 bytes at most
+        PHOTO.save(Path("in", f"{name}.png"))
     Path("in", "cut.jpg").write_bytes(Path("in", "lossy.jpg").read_bytes()[:2000])
     Image.new("RGB", (65501, 1)).save("in/long.png")  # more than a JPEG can have
     Path("in", ".hidden.png").write_text("")
-    Path("in", "folder").mkdir()
-    done = run(SCRIPT, *SEGMENT, status=1, env={**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    done = run(SCRIPT, *SEGMENT, status=1, env={**os.environ, **ranks}, umask=0o002)
     assert done.stdout == f"overlays written to out: {len(KINDS)}\n"
-    start = (
-        f"segment.py: error: 3 of {len(KINDS) + 3} images cannot be segmented: in/cut.jpg: image file is truncated ("
-    )
     message = done.stderr.splitlines()[-1]  # libjpeg has a line of its own on the long one
-    assert message.startswith(start)
-    assert "; in/notes.txt: cannot identify image file 'in/notes.txt'; out/long_overlay.jpg: " in message
-    assert results() == sorted(f"{kind[3]}_{ending}" for kind in KINDS for ending in ("color.png", "overlay.jpg"))
+    assert message.startswith(f"segment.py: error: 4 of {len(KINDS) + 4} images cannot be segmented: in/cut.jpg: image")
+    for name, error in {"out/long": "", "n" * 246: "File name too long", "街" * 82: "File name too long"}.items():
+        assert f"{name}_overlay.jpg: {error}" in message
+    assert results() == sorted(kind[3] for kind in KINDS) == sorted(shares())
+    assert {path.stat().st_mode & 0o777 for path in Path("out").iterdir()} == {0o644}
     for file, _, options, name, seen in KINDS:
         seen = seen.convert("RGB") if seen else Image.open(Path("in", file)).convert("RGB")
-        seen = seen.transpose(Image.ROTATE_270) if "exif" in options else seen
+        seen = seen.transpose(Image.ROTATE_270) if options.get("exif") in (TURNED, ZERO) else seen
         points = np.pad(to_input(seen), ((0, 0), (0, 1), (0, 1)))[:, ::8, ::8]
         prediction = predict(np.tensordot(weights[1], points, 1).astype(np.float32), (seen.height, seen.width))
         color = Image.open(f"out/{name}_color.png")
         assert (color.mode, color.size) == ("P", seen.size), file
         assert np.mean(np.asarray(color) != prediction) < 0.001, file  # a tie may go either way
         assert bytes(color.getpalette()[: len(PALETTE)]) == PALETTE
+        np.testing.assert_allclose(shares()[name], [np.mean(np.asarray(color) == n) for n in range(19)], atol=1e-9)
         overlay = Image.open(f"out/{name}_overlay.jpg")
         assert overlay.width >= seen.width
         assert overlay.height > seen.height + 16
@@ -102,25 +140,54 @@ def test_every_kind_of_image_is_segmented_and_what_is_none_is_named(weights):
         assert np.abs(shown - blended).mean() < (6 if seen.width > 1 else 99), file  # JPEG blurs the dot
 
 
-@pytest.mark.parametrize("size", [(1, 1), (320, 240), (240, 320), (1920, 1080), (6000, 4000)])
-def test_the_legend_has_the_classes_that_occur_largest_first_in_rows_and_grows_with_the_image(size, monkeypatch):
-    texts, write = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda *args, **options: (texts.append(args[2]), write(*args, **options))
+def test_what_would_be_segmented_wrongly_is_refused(weights):
+    fraction, large = np.asarray(GRAY) / np.float32(255), np.asarray(GRAY) + np.int32(65500)
+    Image.fromarray(fraction).save("in/fraction.tif")
+    Image.fromarray(large).save("in/large.tif")
+    PHOTO.save("in/raw.NEF", "TIFF")
+    for name in ("notes.txt", "photo.HEIC"):
+        Path("in", name).write_text("no image")
+    reasons = [
+        "in/fraction.tif: 32 bits per sample; convert it to 8 or 16 first",
+        "in/large.tif: 32 bits per sample; convert it to 8 or 16 first",
+        "in/notes.txt: cannot identify image file 'in/notes.txt'",
+        "in/photo.HEIC: cannot identify image file 'in/photo.HEIC'; HEIC needs the package pillow_heif",
+        "in/raw.NEF: camera raw; convert it first",
+    ]
+    assert refusal(tool, *SEGMENT) == f"5 of 5 images cannot be segmented: {'; '.join(reasons)}"
+    assert (results(), shares()) == ([], {})
+
+
+def test_an_installed_pillow_heif_opens_heic(weights, monkeypatch):
+    Path("modules").mkdir()
+    Path("modules/pillow_heif.py").write_text(
+        "from PIL import Image\n"
+        "def register_heif_opener():\n"
+        "    Image.register_open('HEIF', lambda *_: Image.new('RGB', (8, 8)), lambda start: start[4:8] == b'ftyp')"
     )
-    shares = np.zeros(19)
-    shares[[0, 6, 13, 18]] = 0.25, 0.7, 0.04996, 0.00004
-    legend = tool.draw_legend(shares, size)
-    assert texts == ["traffic light  70.00 %", "road  25.00 %", "car  5.00 %", "bicycle  0.00 %"]
-    pixels = np.asarray(legend)
-    colors = [np.frombuffer(bytes.fromhex(CLASSES[n][3][1:]), np.uint8) for n in (6, 0, 13, 18)]
-    corners = [np.argwhere((pixels == color).all(axis=2))[0] for color in colors]
-    assert [tuple(corner) for corner in corners] == sorted(tuple(corner) for corner in corners)
-    assert legend.width <= max(size[0], 160)
-    swatch = int((pixels == colors[0]).all(axis=2).any(axis=1).sum())
-    assert swatch >= max(11, 0.012 * (size[0] * size[1]) ** 0.5)
-    assert (pixels[-1] == 255).all()  # nothing is cut off
-    assert (pixels[:, -3:] == 255).all()
+    monkeypatch.setenv("PYTHONPATH", str(Path("modules").resolve()))
+    Path("in/a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    run(SCRIPT, *SEGMENT)
+    assert Image.open("out/a_color.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (320, 240), (240, 320), (6000, 300), (3000, 2000)])
+def test_the_legend_has_a_place_for_each_class_and_grows_with_the_image(size):
+    few = np.zeros(19)
+    few[[0, 6, 13, 18]] = 0.25, 0.70004, 0.04992, 0.00004
+    legends = [np.asarray(tool.draw_legend(fractions, size)) for fractions in (few, np.full(19, 1 / 19))]
+    assert legends[0].shape == legends[1].shape
+    assert legends[0].shape[1] <= max(size[0], 160)
+    found, scale = [{}, {}], max(1, round((size[0] * size[1]) ** 0.5 / 650))
+    for n, (_, _, _, color) in enumerate(CLASSES):
+        for legend, corners in zip(legends, found):
+            pixels = np.argwhere((legend == np.frombuffer(bytes.fromhex(color[1:]), np.uint8)).all(axis=2))
+            if len(pixels) >= (11 * scale) ** 2:  # not the edge of a letter
+                corners[n] = tuple(pixels[0])
+    assert list(found[1]) == list(range(19))
+    assert found[0] == {n: found[1][n] for n in (0, 6, 13)}  # below 0.005 % a class is not listed
+    assert (legends[1][-1] == 255).all()  # nothing is cut off
+    assert (legends[1][:, -3:] == 255).all()
 
 
 def test_the_colors_of_a_cityscapes_frame_are_those_of_postprocess(weights):
@@ -136,43 +203,137 @@ def test_the_colors_of_a_cityscapes_frame_are_those_of_postprocess(weights):
 
 
 def test_an_om_runs_by_ais_bench_whatever_the_names_and_the_umask(weights):
-    names = ["街景 1", "a.b"]
+    names = ["a.b", "街景 1"]
     for name, image in zip(names, (PHOTO, GRAY)):
         image.save(f"in/{name}.png")
     run(SCRIPT, *SEGMENT)
-    files = {name: Path("out", name).read_bytes() for name in results()}
     done = run(SCRIPT, "x.om", *SEGMENT[1:3], "om/out", env=ascend_environment(), umask=0o002)
     assert done.stdout == "overlays written to om/out: 2\n"
-    assert {path.name: path.read_bytes() for path in Path("om/out").iterdir()} == files
-    assert len(files) == 4
-    assert results()
+    assert results() == results("om/out") == names
+    for path in Path("out").iterdir():
+        assert path.read_bytes() == Path("om/out", path.name).read_bytes()
 
 
-def test_ctrl_c_removes_the_temporary_folder_and_ends_as_a_signal_does(weights):
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def test_results_mirror_the_folders_and_runs_into_one_output_add_up(weights):
+    for path in ("in/a.png", "in/cam1/a.png", "in/cam2/a.png", "in/cam2/a.gif", "in/cam2/.trash/b.png"):
+        Path(path).parent.mkdir(exist_ok=True)
+        PHOTO.save(path)
+    Path("in/cam2/again").symlink_to("..")
+    output = SEGMENT[0], "in", "--output", "in/out"
+    names = ["a", "cam1/a", "cam2/a.gif", "cam2/a.png"]
+    assert run(SCRIPT, *output).stdout == "overlays written to in/out: 4\n"
+    assert results("in/out") == names
+
+    PHOTO.save("in/new.png")
+    shutil.move("in/out", "out")
+    Path("out/cam1/a_color.png").unlink()
+    Path("out", "notes.txt").touch()  # no image
+    shutil.move("out", "in/out")
+    done = run(SCRIPT, *output, "--skip_done")  # and what is in OUTPUT is no input
+    assert done.stdout == "images left out, whose results are there: 3\noverlays written to in/out: 2\n"
+    Path("in/out/notes.txt").unlink()
+    assert results("in/out") == [*names, "new"]
+
+    Path("in/cam2/again").unlink()
+    run(SCRIPT, "x.onnx", "in/cam1", "in/cam2", "in/new.png", "in/out", "--output", "in/out")
+    shutil.move("in/out", "out")
+    assert results() == list(shares()) == [*names, "new"]
+    run(SCRIPT, "x.onnx", "in", "in/cam1/../cam1", "--output", "out")
+    assert results() == list(shares()) == [*names, *(f"in/{name}" for name in names), "in/new", "new"]
+
+
+def test_an_earlier_pair_stays_if_its_successor_fails_and_no_link_is_written_through(weights):
+    for name in ("a", "b"):
+        PHOTO.save(f"in/{name}.png")
+    run(SCRIPT, *SEGMENT)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    Image.new("RGB", (65501, 1)).save("in/a.png")
+    for name in ("b_overlay.jpg", "b_color.png"):
+        Path("out", name).rename(f"my_{name}")
+        Path("out", name).symlink_to(f"../my_{name}")
+    GRAY.save("in/b.png")
+    run(SCRIPT, *SEGMENT, status=1)
+    after = {path.name: path.read_bytes() for path in Path("out").iterdir() if not path.is_symlink()}
+    assert [name for name in before if after[name] != before[name]] == [n for n in before if n[0] in "bs"]
+    assert all(Path(f"my_{name}").read_bytes() == before[name] for name in ("b_overlay.jpg", "b_color.png"))
+
+
+def test_what_cannot_work_is_refused_before_any_work(weights):
+    Path("other/in").mkdir(parents=True)
+    assert refusal(tool, *SEGMENT) == "in: no images"
+    for path in ("in/a.png", "in/b.png", "other/a.png", "other/in/a.png"):
+        PHOTO.save(path)
+    message = "images whose results would have the same name: in/a.png, other/in/a.png"
+    assert refusal(tool, "x.onnx", "in", "other/in", "--output", "out") == message
+    message = "images whose results would have the same name: in/a.png, other/a.png"
+    assert refusal(tool, "x.onnx", "in/a.png", "other/a.png", "--output", "out") == message
+    for output, named in {"in": "in/a.png, in/b.png", "other": "other/a.png, other/in/a.png"}.items():
+        message = f"{output}: holds what may be images of yours; pass another --output: {named}"
+        assert refusal(tool, "x.onnx", "in", "other", "--output", output) == message
+    assert error_of(SCRIPT, "y.onnx", *SEGMENT[1:]) == "y.onnx: No such file or directory"
+    assert error_of(SCRIPT, "x.onnx", "y", *SEGMENT[1:]) == "y: No such file or directory"
+    assert run(SCRIPT, "in", *SEGMENT, status=2).stderr.endswith("error: MODEL must be an .onnx or an .om\n")
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    Path("out/shares.csv").write_text("name,price\nApple,1\n")
+    assert refusal(tool, *SEGMENT) == "out/shares.csv: was not written by this script; pass another --output"
+    Path("in/a.png").write_text("")  # which is not read yet
+    assert refusal(tool, *SEGMENT[:3], "/proc/out") == "/proc/out/shares.csv: No such file or directory"
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_loses_one_group_at_most_and_skip_done_resumes(weights, number):
+    for n in range(50):
+        PHOTO.resize((1, 1)).save(f"in/{n:02}.png")
+    options = {"start_new_session": True, "preexec_fn": functools.partial(signal.signal, number, signal.SIG_DFL)}
+    command = [sys.executable, str(ROOT / SCRIPT), *SEGMENT]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    while not Path("out/shares.csv").exists() or len(shares()) < 32:
+        time.sleep(0.01)
+    child.send_signal(number)
+    stdout, stderr = child.communicate()
+    assert (child.returncode, stderr) == (-number, "")
+    drawn = results()
+    assert stdout == f"overlays written to out: {len(drawn)}\n"
+    assert list(shares()) == drawn
+    assert 32 <= len(drawn) < 50
+    with pytest.raises(ProcessLookupError):  # no process is left
+        os.killpg(child.pid, 0)
+    stdout = run(SCRIPT, *SEGMENT, "--skip_done").stdout
+    assert stdout.startswith(f"images left out, whose results are there: {len(drawn)}\n")
+    assert stdout.endswith(f"overlays written to out: {50 - len(drawn)}\n")
+    assert results() == list(shares()) == [f"{n:02}" for n in range(50)]
+
+
+def test_ctrl_c_reaches_the_inference_too(weights):
     PHOTO.save("in/a.png")
     command = [sys.executable, str(ROOT / SCRIPT), "x.om", *SEGMENT[1:]]
     environment = ascend_environment(FAKE_AIS_BENCH_STOP="1")
-    done = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, results()) == (-signal.SIGINT, "", [])
-    assert "segment.py" not in done.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, **OWN_GROUP)
+    assert (done.returncode, done.stdout, results()) == (-signal.SIGINT, "overlays written to out: 0\n", [])
+    assert done.stderr == ""
 
 
-COMPLETE = """import pathlib, sys
+AIS_BENCH = """import pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1], "logits")
 folder.mkdir()
 for name in ("00000_1.bin", "00001_1.bin"):
-    (folder / name).touch()
+    (folder / name).write_bytes(bytes(4 * 19 * 65 * 129))
+    time.sleep(WAIT)
 """
 
 
 @pytest.mark.parametrize(
     ("ais_bench", "words"),
     [
-        (
-            COMPLETE + "print('a\\nb\\nc\\nd')\nsys.exit(3)",
-            "status 3, results missing: 0 of 2; see its messages above | b",
-        ),
-        ("print('d')", "status 0, results missing: 2 of 2; see its messages above | d"),
+        (AIS_BENCH.replace("WAIT", "0") + "sys.exit('a\\nb\\nc')", "status 1, results missing: 0 of 2, in "),
+        ("print('1\\n2\\n3\\n4\\na\\nb\\nc')", "status 0, results missing: 2 of 2, in "),
     ],
 )
 def test_a_failed_inference_is_one_line_with_its_last_lines(weights, monkeypatch, ais_bench, words):
@@ -183,21 +344,37 @@ def test_a_failed_inference_is_one_line_with_its_last_lines(weights, monkeypatch
         PHOTO.save(f"in/{name}.png")
     message = error_of(SCRIPT, "x.om", *SEGMENT[1:])
     assert message.startswith(f"x.om: inference ended with {words}")
-    assert message.endswith(" | d")
+    assert message.endswith((": a | b | c", ": 3 | 4 | a | b | c"))
     assert results() == []
 
 
-def test_what_cannot_work_is_refused_before_any_work(weights):
-    Path("other").mkdir()
-    assert refusal(tool, *SEGMENT) == "in: no images"
-    for path in ("in/a.png", "in/b.png", "other/a.png"):
-        PHOTO.save(path)
-    message = "images whose results would have the same name: in/a.png, other/a.png"
-    assert refusal(tool, "x.onnx", "in", "other", "--output", "out") == message
-    PHOTO.save("in/a_color.png")
-    message = "in: results would overwrite images; pass another --output: in/a_color.png"
-    assert refusal(tool, "x.onnx", "in", "--output", "in") == message
-    assert error_of(SCRIPT, "y.onnx", *SEGMENT[1:]) == "y.onnx: No such file or directory"
-    assert error_of(SCRIPT, "x.onnx", "y", *SEGMENT[1:]) == "y: No such file or directory"
-    assert run(SCRIPT, "in", *SEGMENT, status=2).stderr.endswith("error: MODEL must be an .onnx or an .om\n")
-    assert not Path("out").exists()
+def read_some(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except BlockingIOError:
+        return b""
+
+
+def test_one_bar_moves_while_the_model_runs(weights, monkeypatch):
+    Path("modules").mkdir()
+    Path("modules/ais_bench.py").write_text(AIS_BENCH.replace("WAIT", "0.5"))
+    monkeypatch.setenv("PYTHONPATH", str(Path("modules").resolve()))
+    for name in ("a", "b"):
+        PHOTO.save(f"in/{name}.png")
+    Path("in/notes.txt").touch()
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 80))
+    command = [sys.executable, str(ROOT / SCRIPT), "x.om", *SEGMENT[1:]]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr).returncode == 1
+    os.set_blocking(terminal, False)
+    printed = b"".join(iter(functools.partial(read_some, terminal), b"")).decode()
+    assert [f" {n}/3 " in printed for n in (0, 2, 3)] == [True] * 3  # 2: the one that is no image, and the first of two
+
+
+def test_a_full_temporary_folder_is_named(weights):
+    PHOTO.save("in/a.png")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    message = error_of(SCRIPT, *SEGMENT, preexec_fn=limit)
+    assert message.startswith(str(Path("tmp/segment_").resolve()))
+    assert message.endswith("00000.bin: File too large")
+    assert results() == []

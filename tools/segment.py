@@ -8,9 +8,9 @@
 
 <name> is the image's path below the given folder without its suffix, and with it where two images would share a name;
 of several folders, each one's own name comes first. The model sees every image at 1024 x 512, whatever its shape, and
-was trained on street scenes: results elsewhere will be poor. An image that cannot be segmented is reported, the others
-are drawn, and the exit status is 1; a path that is missing ends it at once. Interrupted and restarted with --skip_done,
-it resumes. Temporary files take 0.3 GB on a CPU, 2 GB on other devices; TMPDIR says where.
+was trained on street scenes: results elsewhere will be poor. Images that cannot be segmented are reported at the end,
+with exit status 1. Interrupted and restarted with --skip_done, it resumes. TMPDIR says where 0.3 GB of temporary files
+are, 2 GB where the model runs on another device than the CPU.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from intrada_postprocess import (
-    CLASSES,
     NAMES,
     PALETTE,
     InputError,
@@ -49,7 +49,6 @@ from intrada_postprocess import (
     first_five,
     is_there,
     list_folder,
-    percent,
     predict,
     read_logits,
     run_script,
@@ -94,7 +93,7 @@ def find_images(paths: list[Path], output: Path) -> list[Source]:
     found = []
     for path in inputs:
         folder = path if path.is_dir() else path.parent
-        start = path.resolve().name if several and path.is_dir() else ""
+        start = Path(os.path.abspath(path)).name if several and path.is_dir() else ""  # noqa: PTH100
         found += [(image, start / image.relative_to(folder)) for image in walk(path, visited)]
     if not found:
         raise InputError(f"{first_five([str(path) for path in paths])}: no images")
@@ -221,7 +220,7 @@ def draw(image: Source, folder: Path, shares: dict[str, list[str]]) -> None:
     """Write an image's overlay and color map, and note its shares."""
     photo = read_image(image.path)
     prediction = predict(read_logits(folder / "logits" / f"{image.number}_1.bin"), (photo.height, photo.width))
-    fractions = np.bincount(prediction.ravel(), minlength=len(CLASSES)) / prediction.size
+    fractions = np.bincount(prediction.ravel(), minlength=len(NAMES)) / prediction.size
     color_map = Image.fromarray(prediction)
     color_map.putpalette(PALETTE)
     legend = draw_legend(fractions, photo.size)
@@ -241,7 +240,7 @@ def draw(image: Source, folder: Path, shares: dict[str, list[str]]) -> None:
 def draw_legend(shares: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """Draw the classes, each in its own place; small, then enlarged, since Pillow 9's own font has only one size."""
     names = [name.replace(" ", "  ") for name in NAMES]  # one space of this font is hardly seen
-    figures = [f"{percent(share)} %" for share in shares]
+    figures = [f"{100 * share:.2f} %" for share in shares]
     widths = {text: ImageFont.load_default().getmask(text).size[0] for text in [*names, *figures, "100.00 %"]}
     cell = SWATCH + max(widths[name] for name in names) + widths["100.00 %"] + 28
     factor = max(1, round((size[0] * size[1]) ** 0.5 / 650))
@@ -250,7 +249,7 @@ def draw_legend(shares: np.ndarray, size: tuple[int, int]) -> Image.Image:
     pen = ImageDraw.Draw(legend)
     for n in np.flatnonzero(shares >= 0.00005):
         x, y = n % columns * cell + 4, n // columns * ROW + 5
-        pen.rectangle((x, y, x + SWATCH, y + SWATCH), fill=CLASSES[n][3])
+        pen.rectangle((x, y, x + SWATCH, y + SWATCH), fill=tuple(PALETTE[3 * n : 3 * n + 3]))
         pen.text((x + SWATCH + 4, y), names[n], fill="black")
         pen.text((x + cell - 16 - widths[figures[n]], y), figures[n], fill="black")
     return legend.resize((legend.width * factor, legend.height * factor), Image.NEAREST)
@@ -307,9 +306,12 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     with ThreadPoolExecutor(1) as worker:  # signals interrupt only the main thread: what is begun there is finished
         try:
-            errors = worker.submit(segment, images, args, stop).result()
+            work = worker.submit(segment, images, args, stop)
+            while not work.done():
+                time.sleep(0.1)  # a longer wait does not end if another thread received the signal
         finally:
             stop.set()
+    errors = work.result()
     if errors:
         raise InputError(f"{len(errors)} of {len(images)} images cannot be segmented: {first_five(errors, '; ')}")
     return 0
