@@ -7,10 +7,9 @@
  -> OUTPUT/shares.csv                    one row per image: <name>, and each class's fraction of the pixels, 0 to 1
 
 <name> is the image's path below the given folder without its suffix, and with it where two images would share a name;
-of several folders, each one's own name comes first. The model sees every image at 1024 x 512, whatever its shape, and
-was trained on street scenes: results elsewhere will be poor. Images that cannot be segmented are reported at the end,
-with exit status 1. Interrupted and restarted with --skip_done, it resumes. TMPDIR says where 0.3 GB of temporary files
-are, 2 GB where the model runs on another device than the CPU.
+of several folders, each one's own name comes first. The model sees every image at 1024 x 512 and was trained on street
+scenes: results elsewhere will be poor. What cannot be segmented is reported at the end, with exit status 1. Interrupted
+and restarted with --skip_done, it resumes. Temporary files take 0.3 GB, on an NPU or a GPU 2 GB; TMPDIR says where.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -30,9 +29,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,11 +53,12 @@ from intrada_postprocess import (
 )
 from intrada_preprocess import to_input
 
-with contextlib.suppress(ImportError):  # opens HEIC
-    __import__("pillow_heif").register_heif_opener()
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 CPU_GROUP, GROUP = 32, 256  # images; loading the model takes 1 s on a CPU, and longer than all else on other devices
-IMAGES_AT_ONCE = 4  # a photo of 24 megapixels takes 0.6 GB
 OUR_NAMES = re.compile(r"(.+_overlay\.jpg|.+_color\.png|shares\.csv)(\.part)?", re.DOTALL)
 HEADER = ["image", *NAMES]
 UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
@@ -111,9 +110,8 @@ def walk(path: Path, visited: set[Path]) -> list[Path]:
     """List a file, or the files below a folder in a fixed order; a folder that was visited has none."""
     if not path.is_dir():
         return [path]
-    folder = path.resolve()
-    entries = [] if folder in visited else list_folder(path)
-    visited.add(folder)
+    entries = [] if path.resolve() in visited else list_folder(path)
+    visited.add(path.resolve())
     return [file for entry in entries for file in walk(entry, visited)]
 
 
@@ -160,7 +158,7 @@ def for_all(step: functools.partial, images: list[Source], stop: threading.Event
         except InputError as error:
             return str(error)
 
-    with ThreadPoolExecutor(min(IMAGES_AT_ONCE, count_cpus())) as pool:
+    with ThreadPoolExecutor(min(4, count_cpus())) as pool:  # a photo of 24 megapixels takes 0.6 GB
         return {image: error for image, error in zip(images, pool.map(attempt, images)) if error}
 
 
@@ -308,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             work = worker.submit(segment, images, args, stop)
             while not work.done():
-                time.sleep(0.1)  # a longer wait does not end if another thread received the signal
+                wait([work], timeout=0.1)  # a longer one does not end if another thread receives the signal
         finally:
             stop.set()
     errors = work.result()
