@@ -169,12 +169,12 @@ def read_image(path: Path) -> Image.Image:
         InputError: it cannot be read, or would not look as it should.
     """
     try:
-        with Image.open(path) as file:
-            if file.format == "TIFF" and path.suffix.lower() not in (".tif", ".tiff"):  # Pillow opens its thumbnail
+        with Image.open(path) as image:
+            if image.format == "TIFF" and path.suffix.lower() not in (".tif", ".tiff"):  # Pillow opens its thumbnail
                 raise ValueError("camera raw; convert it first")
-            image = file.copy()
+            image.load()
             with contextlib.suppress(Exception):  # it has no EXIF, or a damaged one
-                image = image.transpose(UPRIGHT[file.getexif()[0x0112]])
+                image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
         if image.mode[0] in "IF":  # convert would clip at 255
             values = np.asarray(image)
             if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -218,8 +218,8 @@ def draw(image: Source, folder: Path, shares: dict[str, list[str]]) -> None:
     """Write an image's overlay and color map, and note its shares."""
     photo = read_image(image.path)
     prediction = predict(read_logits(folder / "logits" / f"{image.number}_1.bin"), (photo.height, photo.width))
-    fractions = np.bincount(prediction.ravel(), minlength=len(NAMES)) / prediction.size
     color_map = Image.fromarray(prediction)
+    fractions = np.array(color_map.histogram()[: len(NAMES)]) / prediction.size
     color_map.putpalette(PALETTE)
     legend = draw_legend(fractions, photo.size)
     overlay = Image.new("RGB", (max(photo.width, legend.width), photo.height + legend.height), "white")
