@@ -158,7 +158,7 @@ def for_all(step: functools.partial, images: list[Source], stop: threading.Event
         except InputError as error:
             return str(error)
 
-    with ThreadPoolExecutor(min(4, count_cpus())) as pool:  # a photo of 24 megapixels takes 0.6 GB
+    with ThreadPoolExecutor(min(4, count_cpus())) as pool:  # a photo of 24 megapixels takes 0.4 GB
         return {image: error for image, error in zip(images, pool.map(attempt, images)) if error}
 
 
