@@ -82,6 +82,7 @@ def weights(tmp_path, monkeypatch) -> np.ndarray:
     Path("in").mkdir()
     Path("tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     Path("x.om").write_text(json.dumps({"onnx": "x.onnx", "batch": 1, "frame_shape": [3, 512, 1024]}))
     return save_small_model(Path("x.onnx"))
 
@@ -252,12 +253,15 @@ def test_an_earlier_pair_stays_if_its_successor_fails_and_no_link_is_written_thr
         PHOTO.save(f"in/{name}.png")
     run(SCRIPT, *SEGMENT)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    Image.new("RGB", (65501, 1)).save("in/a.png")
+    noise = np.random.default_rng(0).integers(0, 256, (4000, 4000, 3), np.uint8)
+    Image.fromarray(noise).save("in/a.png", compress_level=0)
     for name in ("b_overlay.jpg", "b_color.png"):
         Path("out", name).rename(f"my_{name}")
         Path("out", name).symlink_to(f"../my_{name}")
     GRAY.save("in/b.png")
-    run(SCRIPT, *SEGMENT, status=1)
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (6500000, 6500000))
+    assert "out/a_overlay.jpg: File too large" in error_of(SCRIPT, *SEGMENT, preexec_fn=limit)
+    assert results() == ["a", "b"]
     after = {path.name: path.read_bytes() for path in Path("out").iterdir() if not path.is_symlink()}
     assert [name for name in before if after[name] != before[name]] == [n for n in before if n[0] in "bs"]
     assert all(Path(f"my_{name}").read_bytes() == before[name] for name in ("b_overlay.jpg", "b_color.png"))
@@ -282,8 +286,9 @@ def test_what_cannot_work_is_refused_before_any_work(weights):
     Path("out").mkdir()
     Path("out/shares.csv").write_text("name,price\nApple,1\n")
     assert refusal(tool, *SEGMENT) == "out/shares.csv: was not written by this script; pass another --output"
-    Path("in/a.png").write_text("")  # which is not read yet
-    assert refusal(tool, *SEGMENT[:3], "/proc/out") == "/proc/out/shares.csv: No such file or directory"
+    done = run(SCRIPT, *SEGMENT[:3], "/proc/out", status=1)
+    assert done.stderr == "segment.py: error: /proc/out/shares.csv: No such file or directory\n"
+    assert done.stdout == ""  # not even how many were drawn
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -310,10 +315,17 @@ def test_an_interruption_loses_one_group_at_most_and_skip_done_resumes(weights):
     assert results() == list(shares()) == [f"{n:02}" for n in range(50)]
 
 
+KILL = """import os, time
+newest_thread = max(os.listdir(f"/proc/{{os.getppid()}}/task"), key=int)
+os.kill(int(newest_thread), {})  # Linux then prefers this thread, as it does by chance
+time.sleep(999)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_inference_and_removes_the_temporary_folder(weights, monkeypatch, number):
     PHOTO.save("in/a.png")
-    install_ais_bench(monkeypatch, f"import os, time\nos.kill(os.getppid(), {int(number)})\ntime.sleep(999)")
+    install_ais_bench(monkeypatch, KILL.format(int(number)))
     command = [sys.executable, str(ROOT / SCRIPT), "x.om", *SEGMENT[1:]]
     options = {"start_new_session": True, "preexec_fn": functools.partial(signal.signal, number, signal.SIG_DFL)}
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
