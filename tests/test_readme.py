@@ -18,8 +18,8 @@ import tiny_cityscapes
 from support import ROOT, read_blocks, run
 from tools import benchmark, report
 
-NAMES = "README.md", "README_CN.md", "docs/tools.md", "docs/ascend.md"
-ENGLISH, CHINESE, TOOLS_GUIDE, ASCEND_GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
+NAMES = "README.md", "README_CN.md", "docs/tools.md", "docs/tools_CN.md", "docs/ascend.md"
+ENGLISH, CHINESE, TOOLS_GUIDE, TOOLS_CN, ASCEND_GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests" / "speed" / "README.md"]
 TRIO = "intrada_preprocess.py", "intrada_pth2onnx.py", "intrada_postprocess.py"
 TOOLS = sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))
@@ -87,8 +87,9 @@ def without_comments(commands: str) -> str:
     return re.sub(r"\s+#.*", "", commands)
 
 
-def test_the_chinese_readme_has_the_same_commands():
-    commands = [[(without_comments(block), shown) for block, shown in read_blocks(text)] for text in (CHINESE, ENGLISH)]
+def test_the_chinese_readme_and_tools_have_the_same_commands():
+    languages = (CHINESE, TOOLS_CN), (ENGLISH, TOOLS_GUIDE)
+    commands = [[(without_comments(block), shown) for block, shown in read_blocks(*texts)] for texts in languages]
     assert commands[0] == commands[1]
 
 
