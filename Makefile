@@ -12,7 +12,7 @@ BS       := 1
 PROVIDER := cpu
 SPLIT    := val
 LIMIT    :=
-OUT      := out/$(if $(WEIGHTS),$(shell basename "$(WEIGHTS)" .pth),tiny)
+OUT      := out/$(if $(DATA),$(shell basename "$(WEIGHTS)" .pth)_on_$(shell basename "$(DATA)"),tiny)
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
@@ -28,7 +28,7 @@ REPORT  := $(OUT)/report_$(RUN).html
 frames  := --split $(SPLIT) $(if $(LIMIT),--limit $(LIMIT))
 data    := $(or $(DATA),$(TINY))
 weights := $(or $(WEIGHTS),$(TINY)/tiny_intrada.pth)
-expect  := $(if $(DATA),,--expect 90.2 --tolerance 0.8)
+expect  := $(if $(DATA)$(LIMIT),,--expect 90.2 --tolerance 0.8)
 
 .PHONY: help setup run test old-python soak browser bench lint clean
 .DELETE_ON_ERROR:

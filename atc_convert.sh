@@ -64,7 +64,7 @@ interrupted() { # leave no .om that is not complete, and end by the signal
 
 main() {
   parse_args "$@"
-  local prefix bs om='' unfinished='' command failed=0 summary=()
+  local prefix bs old om='' unfinished='' command failed=0 summary=()
   [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
   [[ $soc_version ]] || soc_version=$(find_chip)
@@ -85,12 +85,13 @@ main() {
       ${atc_options[@]+"${atc_options[@]}"})
     show "${command[@]}"
     [[ ! $dry_run ]] || continue
+    old=$(tell_earlier) # which a success replaces
     [[ ! -e $om ]] || mv "$om" "$om.old" # or it would pass for this run's
     unfinished=$om
     if "${command[@]}" >&2 && [[ -f $om ]]; then
       unfinished=''
       rm -f "$om.old"
-      summary+=("bs $bs: made $om")
+      summary+=("bs $bs: made $om${old:+; removed $om.old}")
     else
       rm -f "$om"
       failed=1 unfinished='' summary+=("bs $bs: FAILED, see atc's messages above and docs/ascend.md$(tell_earlier)")

@@ -73,8 +73,6 @@ class InputError(Exception):
 
 
 class Frame(NamedTuple):
-    """The files of a frame."""
-
     name: str
     label: Path
     logits: Path
@@ -107,7 +105,11 @@ def find_frames(labels: dict[str, Path], result_dir: Path, limit: int | None) ->
     missing = [frame.name for frame in frames if not frame.logits]
     if missing:
         is_npy = any(path.name.endswith("_1.npy") for path in list_folder(result_dir))
-        remedy = "use ais_bench's --outfmt BIN" if is_npy else "infer them first, and pass e.g. result/result_bs1"
+        remedy = (
+            "use ais_bench's --outfmt BIN"
+            if is_npy
+            else "infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
+        )
         raise InputError(
             f"{result_dir}: no <frame>_leftImg8bit_1.bin for {len(missing)} of {len(frames)} frames; {remedy}: "
             f"{first_five(missing)}"
@@ -144,7 +146,7 @@ def find_logits(result_dir: Path) -> dict[str, Path]:
     for path in entries:
         is_result = re.fullmatch(r"(?!pure_infer_data).+_[0-9]+\.bin", path.name)
         if is_result and logits.setdefault(path.stem, path) != path:
-            remedy = "pass one of the folders, or infer again with ais_bench's --divide_input 1"
+            remedy = "pass one of the folders, or infer into a new one (several devices: --divide_input 1)"
             raise InputError(f"{logits[path.stem]} and {path} are results of the same frame; {remedy}")
     return logits
 
@@ -203,16 +205,17 @@ def read_summaries(folders: list[Path]) -> list[dict]:
     Raises:
         InputError: they name different models.
     """
-    summaries = []
+    summaries, models = [], set()
     for path in [folder.with_name(f"{folder.name}_summary.json") for folder in folders]:
         summary = read_json(path)
-        if summary:
+        if {"throughput", "NPU_compute_time", "args"} <= summary.keys():
             date = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
             kept = {key: value for key, value in summary.items() if key != "filesinfo" and not key.endswith("_list")}
             summaries.append({"file": path.name, "date": date, **kept})
+            command = " ".join(map(str, summary["args"]))
+            models.add(str(summary.get("model_sha256") or re.search(r"--model[ =](\S+)|$", command)[1]))
         else:
             warn(f"{path}: missing or damaged; what inferred these logits is not known")
-    models = {str(summary["model_sha256"]) for summary in summaries if "model_sha256" in summary}
     if len(models) > 1:
         raise InputError(f"{folders[0]}: results of several models: {first_five(sorted(models))}")
     return summaries
@@ -235,16 +238,14 @@ def read_png(path: Path, mode: str) -> Image.Image:
     """
     try:
         with path.open("rb") as file:
-            Image.open(file).verify()
-            image = Image.open(file)
+            Image.open(file, formats=["PNG"]).verify()
+            image = Image.open(file, formats=["PNG"])
             image.load()
             file.seek(24)
             bits = file.read(1)[0]  # bit depth, byte 24 of every PNG
     except Exception as error:  # Pillow raises nearly everything
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
-    if image.format != "PNG":
-        raise InputError(f"{path}: found {image.format}, expected PNG")
     if bits != 8:
         raise InputError(f"{path}: found {bits} bits per sample, expected 8")
     if image.mode != mode:
@@ -383,11 +384,7 @@ def score_all(
 
 
 def compute_iou(confusion: np.ndarray) -> np.ndarray:
-    """Compute each class's intersection over union, NaN for one that is in neither ground truth nor prediction.
-
-    Args:
-        confusion: (C, C) integers, row = ground truth, column = prediction.
-    """
+    """Compute each class's IoU from (C, C) counts, row = ground truth; NaN for one that does not occur in either."""
     hits = np.diag(confusion)
     return divide(hits, confusion.sum(axis=1) + confusion.sum(axis=0) - hits)
 
@@ -426,7 +423,7 @@ def summarise(frames: list[Frame], confusions: list[np.ndarray]) -> dict:
     }
 
 
-def describe_run(args: argparse.Namespace, is_limited: bool) -> dict:
+def note_files(args: argparse.Namespace, is_limited: bool) -> dict:
     """Note what is scored, with absolute paths."""
     return {
         "split": args.split,
@@ -544,7 +541,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         raise InputError(f"{args.data_dir}/gtFine/{args.split}: no pixel of any label has a class")
     metrics = {
-        **describe_run(args, is_limited=len(frames) < len(labels)),
+        **note_files(args, is_limited=len(frames) < len(labels)),
         "summaries": summaries,
         **summarise(frames, confusions),
     }
@@ -555,6 +552,11 @@ def main(argv: list[str] | None = None) -> int:
     warn_if_suspicious(metrics, frames)
     print(format_table(metrics))
     return int("expected" in metrics and not metrics["expected"]["passed"])
+
+
+def explain(error: InputError | OSError) -> str:
+    """Describe an error in one line."""
+    return f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 
 
 def run_script(main: Callable[[], int], umask: int = 0o022, unwind: bool = False) -> None:
@@ -575,8 +577,7 @@ def run_script(main: Callable[[], int], umask: int = 0o022, unwind: bool = False
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:
-        reason = f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else error
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {reason}") from None
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {explain(error)}") from None
     except KeyboardInterrupt as interruption:
         signal.signal(interruption.args[0], signal.SIG_DFL)
         os.kill(os.getpid(), interruption.args[0])

@@ -81,16 +81,14 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with path.open("rb") as file:
-            Image.open(file).verify()
-            image = Image.open(file)
+            Image.open(file, formats=["PNG"]).verify()
+            image = Image.open(file, formats=["PNG"])
             image.load()
             file.seek(24)
             bits = file.read(1)[0]  # bit depth, byte 24 of every PNG
     except Exception as error:  # Pillow raises nearly everything
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
-    if image.format != "PNG":
-        raise InputError(f"{path}: found {image.format}, expected PNG")
     if bits != 8:
         raise InputError(f"{path}: found {bits} bits per sample, expected 8")
     if image.mode != "RGB":

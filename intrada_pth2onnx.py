@@ -242,14 +242,15 @@ def write_graph(network: DeepLabV2) -> bytes:
 def add_nodes(graph: onnx.GraphProto, network: DeepLabV2) -> None:
     """Add what `forward` computes, in its order and with torch.fx's names, e.g. layer3_22_conv2."""
     modules = dict(network.named_modules())
-    *nodes, result = torch.fx.symbolic_trace(network).graph.nodes
-    names = {node: f"output_{i}" for i, node in enumerate(result.args[0])}
+    image, *nodes, result = torch.fx.symbolic_trace(network).graph.nodes
+    names = {
+        image: image.name,
+        **{node: f"output_{i}" for i, node in enumerate(result.args[0])},
+    }  # image: as in forward
     for node in nodes:
         module = modules.get(node.target)
         name = names.setdefault(node, node.name)
         inputs = [names[argument] for argument in node.args]
-        if node.op == "placeholder":  # called image, as forward's argument is
-            continue
         if isinstance(module, nn.BatchNorm2d):
             names[node] = inputs[0]  # of the convolution that it is folded into
             continue

@@ -74,7 +74,7 @@ def test_the_table_of_an_ascend_host(folder):
 def test_the_report_s_command_below_the_table_can_be_pasted(folder):
     done = benchmark("x", 1, 4, *SCORED)
     subprocess.run(done.stdout.splitlines()[-1], shell=True, check=True, env=ascend_environment())
-    page = Path("report.html").read_text()
+    page = Path("bench/x/report.html").read_text()
     assert "<h3>bs1_metrics</h3>" in page and "x_bs4.om" in page
 
 
@@ -85,7 +85,8 @@ def test_earlier_builds_give_the_same_table(folder, form):
 
 
 def test_the_same_table_without_an_npu_and_its_published_figures(folder):
-    one, four = rows_of(benchmark("x.onnx", 1, 4, *SCORED))
+    as_a_rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    one, four = rows_of(benchmark("x.onnx", 1, 4, *SCORED, **as_a_rank))
     assert one[:3] == ["1", "5", miou_of("bench/x.onnx/bs1")]
     assert four[:3] == ["4", "5", one[2]]
     summary = json.loads(Path("bench/x.onnx/bs4_summary.json").read_text())
@@ -96,6 +97,8 @@ def test_the_same_table_without_an_npu_and_its_published_figures(folder):
 
 def test_the_first_frames_of_another_split_are_scored(folder):
     Path("data/gtFine/val").rename("data/gtFine/train")
+    for frame in FRAMES[2:]:
+        Path(f"prep/{frame}_leftImg8bit.bin").unlink()
     (row,) = rows_of(benchmark("x", 1, *SCORED, "--split", "train", "--limit", 2))
     assert row[1:3] == ["2", miou_of("bench/x/bs1", "--split", "train", "--limit", "2")]
 
@@ -121,18 +124,22 @@ def test_nothing_is_removed_or_overwritten_and_the_tables_add_up(folder):
     Path("out/bs4/notes.txt").write_text("the user's")
     Path("out/table.md").write_text("an earlier table\n\n")
     before = contents()
-    for command in (("x.onnx", 1, 4), ("x.onnx", 1, *SCORED)):
+    for command in (("x.onnx", 4, 1), ("x.onnx", 1, *SCORED)):
         message = refusal(tool, *command, "--output", "out")
-        assert message == "out: has bs1, bs1_summary.json of an earlier run; pass another --output, or remove it"
+        assert message.startswith("out: has bs1, bs1_summary.json; pass another --output, ")
         assert contents() == before
     done = benchmark("x.onnx", 4, *SCORED, "--output", "out")
     assert before.items() - {(Path("out/table.md"), before[Path("out/table.md")])} <= contents().items()
     title, table = Path("out/table.md").read_text()[len("an earlier table\n\n") :].split("\n", 1)
     assert re.fullmatch(r"## \d{4}-\d\d-\d\d \d\d:\d\d, x.onnx", title)
     assert table.strip() == done.stdout.strip()
-    assert refusal(tool, "y.onnx", 4, "--output", "out").startswith(
-        "out: has bs4, bs4_summary.json, bs4_metrics.json of"
-    )
+    message = refusal(tool, "y.onnx", 4, "--output", "out")
+    assert message.startswith("out: has bs4, bs4_summary.json, bs4_metrics.json; ")
+    with Path("out/table.md").open("a") as file:
+        file.write("a later table\n")
+    benchmark("x.onnx", 8, 16, "--loop", 1, "--output", "out")
+    tables = Path("out/table.md").read_text()
+    assert [tables.count(text) for text in ("an earlier", "\n## ", "a later table\n## ")] == [1, 2, 1]
 
 
 def test_what_a_failed_run_left_is_no_obstacle(folder):
@@ -176,8 +183,16 @@ def test_a_truncated_summary_and_an_ais_bench_that_writes_nothing_fail_their_row
     Path("ais_bench.py").write_text("print('--model')")
     done = run(SCRIPT, "x", 4, "--input", "prep", status=1, env={**os.environ, "PYTHONPATH": "."})
     assert done.stdout.splitlines()[-1] == "batch size 4: bench/x/bs4: No such file or directory"
+    Path("x4").mkdir()
+    for frame in FRAMES[1:]:
+        Path(f"x4/{frame}_leftImg8bit_0.bin").touch()
+        Path(f"x4/{frame}_leftImg8bit_1.bin").touch()
+    Path("ais_bench.py").write_text("import os; os.renames('x4', 'bench/x/bs4')")  # without the first frame
+    done = run(SCRIPT, "x", 4, "--input", "prep", status=1, env={**os.environ, "PYTHONPATH": "."})
+    assert done.stdout.splitlines()[-1] == f"batch size 4: 1 of 5 frames lack an output: {FRAMES[0]}_leftImg8bit"
+    Path("x_bs16.om").touch()
     Path("ais_bench.py").unlink()
-    assert "No module named ais_bench" in run(SCRIPT, "x", 4, status=1).stderr
+    assert "No module named ais_bench" in run(SCRIPT, "x", 16, status=1).stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -214,11 +229,18 @@ times = {"mean": 1000.0, "percentile(99%)": 1100.0}
     [
         (["x", 1, 8, 16], "x_bs8.om, x_bs16.om: no such file"),
         (["y.onnx", 1, 8], "y.onnx: no such file"),
-        (["x.onnx", 1, "--input", "prep", "--data", "prep"], "prep/gtFine: No such file"),
+        (["x.onnx", 1, "--input", "prep", "--data", "prep"], "prep/gtFine/val: no <city>/"),
+        (["x.onnx", 1, *SCORED, "--split", "vla"], "data/gtFine/vla: no <city>/"),
+        (["x.onnx", 1, *SCORED, "--limit", 4], "prep: 5 frames, of 4 to score 0 are missing; preprocess with"),
+        (["x.onnx", 1, "--input", "prep", "--limit", 4], "prep: 5 frames, of 0 to score"),
+        (["x.onnx", 1, "--input", "other", "--data", "data"], "other: 1 frames, of 5 to score 5 are missing;"),
         (["x.onnx", 1, "--input", "data"], "data: no .bin"),
+        (["x.onnx", 1, "--input", "prep", "--data", ""], "gtFine/val: no <city>/"),  # a variable that is not set
     ],
 )
 def test_what_is_missing_is_named_before_anything_runs(folder, args, words):
+    Path("other").mkdir()
+    Path("other/other.bin").touch()
     assert words in refusal(tool, *args)
     assert not Path("bench").exists()
 
@@ -226,7 +248,7 @@ def test_what_is_missing_is_named_before_anything_runs(folder, args, words):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("x --data data", "--data needs --input"),
+        ("x --data data", "--data and --limit need --input"),
         ("models/x_bs16.om 1", "models/x_bs16.om: pass the prefix alone, models/x\n"),
         ("x.om", "x.om: pass the prefix alone, x\n"),
     ],

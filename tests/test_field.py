@@ -198,7 +198,7 @@ UNREADABLE = "damaged, too large, or not a PNG: "
         (insert(PNG, b"zTXt", b"k\0\0" + zlib.compress(bytes(2 << 20))), f"{UNREADABLE}Decompressed data too large"),
         (make_png(PIXELS.astype(np.uint16), bits=16), "found 16 bits per sample, expected 8"),
         (make_png(PIXELS[..., 0]), "found mode L, expected RGB"),
-        (encode_jpeg(PIXELS), "found JPEG, expected PNG"),
+        (encode_jpeg(PIXELS), f"{UNREADABLE}cannot identify image file"),
     ],
     ids=["web page", "cut", "no pixels", "bomb", "large text", "16 bits", "gray", "JPEG"],
 )

@@ -241,12 +241,12 @@ def test_a_missing_model_and_a_batch_beyond_memory_are_one_line(images):
 
 def test_overwrite_removes_results_alone(images):
     infer()
-    others = [Path("result/r", name) for name in ("my_model.bin", "scan_12.bin", "notes.txt")]
+    others = [Path("result/r", name) for name in ("my_model.bin", "scan_12.bin", "weights_3.bin", "notes.txt")]
     for path in others:
         path.write_bytes(b"the user's")
     Path("result/r/old_0.bin").touch()
     assert "(3 inferred, 0 kept)" in infer("--overwrite")
-    assert [path.read_bytes() for path in others] == [b"the user's"] * 3
+    assert [path.read_bytes() for path in others] == [b"the user's"] * 4
     assert not Path("result/r/old_0.bin").exists()
 
 
@@ -259,6 +259,12 @@ def test_results_into_the_input_folder_are_refused(images, capsys):
             infer("--output", output, "--output_dirname", dirname, "--overwrite")
         assert "is --input; pass another --output_dirname" in capsys.readouterr().err
     assert contents("prep") == before
+
+
+def test_a_summary_of_zeros_is_not_replaced_unasked(images):
+    tool.main(["--model", "x.onnx", "--output", "result", "--output_dirname", "r", "--loop", "2"])
+    assert "pass another --output_dirname, or --overwrite" in infer()
+    assert json.loads(SUMMARY.read_text())["NPU_compute_time"]["count"] == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])

@@ -166,9 +166,9 @@ def test_make_run_runs_the_steps_in_order():
 def test_make_run_keeps_runs_apart_by_checkpoint_and_limit():
     (tiny, own, first) = (plan(*args) for args in ((), OWN_DATA, (*OWN_DATA, "LIMIT=20")))
     assert '"out/tiny/prep_val"' in tiny
-    assert '"out/my weights/prep_val" --split val' in own and "--limit" not in own
-    assert first.count("--limit 20") == 2
-    assert '"out/my weights/prep_val_first20"' in first and "--output_dirname val_first20_cpu_bs1" in first
+    assert '"out/my weights_on_d/prep_val" --split val' in own and "--limit" not in own
+    assert first.count("--limit 20") == 2 and "--expect" not in plan("LIMIT=2")
+    assert '"out/my weights_on_d/prep_val_first20"' in first and "--output_dirname val_first20_cpu_bs1" in first
 
 
 OWN_DATA = "DATA=/d", "WEIGHTS=a/my weights.pth"

@@ -69,7 +69,14 @@ def test_the_record_says_what_inferred_and_where_all_is(folder):
     (summary,) = score("result/npu")["summaries"]
     whole = json.loads(Path("result/npu_summary.json").read_text())
     assert (summary.pop("file"), summary.pop("date")) == ("npu_summary.json", "2001-09-09")
-    assert summary == {key: value for key, value in whole.items() if key != "filesinfo"}
+    lists = "filesinfo", "npu_compute_time_list"
+    assert summary == {key: value for key, value in whole.items() if key not in lists} and whole.keys() > set(lists)
+
+
+def test_a_link_to_results_has_their_summary(folder):
+    infer("r")
+    Path("latest").symlink_to("result/r")
+    assert score("latest") == score("result/r")
 
 
 def test_a_record_keeps_its_own_run_when_the_folder_is_inferred_again(folder):
@@ -106,19 +113,27 @@ def test_two_npus_have_two_summaries_or_give_two_results_of_a_frame(folder, form
     infer_on_an_npu("r", "--device", "0,1", *form)
     if form:
         assert [summary["throughput"] for summary in score("result/r")["summaries"]] == [1.0, 1.0]
-        assert "device 0,1" in page_of("m.json")
+        assert "device 0, 1" in page_of("m.json")
     else:
         assert "results of the same frame" in refusal(postprocess, "data", "result/r")
 
 
-def test_devices_of_several_models_are_refused(folder):
-    infer("r", RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
-    save_small_model(Path("x.onnx"), seed=1)
-    infer("r", RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
+@pytest.mark.parametrize("first", ["another x.onnx", "x_bs1.om", "y_bs1.om"])
+def test_devices_of_several_models_are_refused(folder, first):
+    for rank in (0, 1):
+        infer("r", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+        if not rank:
+            save_small_model(Path("x.onnx"), seed=1 if first == "another x.onnx" else 0)
+    if first != "another x.onnx":
+        infer_on_an_npu("npu")
+        shutil.copy("result/npu_summary.json", "result/r/device0_summary.json")
+    if first == "y_bs1.om":
+        summary = Path("result/npu_summary.json").read_text()
+        Path("result/r/device1_summary.json").write_text(summary.replace("x_bs1.om", "y_bs1.om"))
     assert "results of several models" in refusal(postprocess, "data", "result/r")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"throughput": NaN}'])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"throughput": NaN}', '{"filesinfo": {}}'])
 def test_a_missing_or_damaged_summary_is_left_out_with_a_warning(folder, capsys, content):
     infer("r")
     path = Path("result/r_summary.json")
@@ -144,8 +159,9 @@ def test_the_first_frames_are_scored_and_the_record_says_so(folder, capsys):
     for path in Path("result/r").glob(f"{FRAMES[3]}*"):
         path.unlink()
     assert score("result/r", "--limit", 3)["frames"] == 3
-    assert f"for 1 of 4 frames; infer them first, and pass e.g. result/result_bs1: {FRAMES[3]}" in refusal(
-        postprocess, "data", "result/r"
+    assert (
+        f"for 1 of 4 frames; infer them first, or score fewer by --limit; pass e.g. result/result_bs1: {FRAMES[3]}"
+        in refusal(postprocess, "data", "result/r")
     )
 
 

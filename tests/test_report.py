@@ -197,7 +197,7 @@ def test_what_ran_and_how_fast_is_what_the_record_says(folder):
     assert "run 3 model unknown results" in page.text
     assert "secret" not in page.source
     head, *rows = page.tables[0]
-    assert head[-1] == "end to end, frames/s"
+    assert head[-1] == "with reading and writing, frames/s"
     assert rows == [
         ["m", "1", "0.25", "4000.00", "4001.00", "0.24"],
         ["b", "4", "43.64", "91.66", "92.66", "-"],
@@ -213,15 +213,24 @@ def test_what_ran_and_how_fast_is_what_the_record_says(folder):
         ),
         ([{"args": []}], "model unknown batch size 4 device Ascend, ais_bench, device 0 "),
         ([{"provider": "cann", "device": 3}], "device ONNX Runtime, CANN, device 3 "),
-        ([{"provider": "cuda", "device": n, "throughput": 40.0 + n} for n in (0, 1)], "CUDA, device 0, 1 date"),
     ],
 )
 def test_a_run_is_described_by_model_batch_size_and_devices(folder, summaries, shown):
     change(folder, "m.json", summaries=[{**AIS_BENCH, **summary} for summary in summaries])
+    assert shown in make_page(folder).text
+
+
+def test_the_frames_of_several_devices_add_up(folder):
+    figures = (40.0, 400.0, 500.0, 30.0), (16000 / 350, 350.0, 450.0, 31.0)
+    summaries = [
+        {**AIS_BENCH, "provider": "cuda", "device": n, "throughput": fps, "end_to_end_throughput": end_to_end,
+         "NPU_compute_time": {"mean": mean_ms, "percentile(99%)": p99_ms}}
+        for n, (fps, mean_ms, p99_ms, end_to_end) in enumerate(figures)
+    ]  # fmt: skip
+    change(folder, "m.json", summaries=summaries)
     page = make_page(folder)
-    assert shown in page.text
-    if len(summaries) > 1:
-        assert page.tables[0][1][2] == "81.00"  # frames/s add up
+    assert "batch size 16 device ONNX Runtime, CUDA, device 0, 1 date" in page.text
+    assert page.tables[0][1] == ["m", "16", "85.71", "375.00", "500.00", "61.00"]
 
 
 def test_runs_are_called_by_their_file_and_by_the_path_where_two_share_the_name(folder):
@@ -258,8 +267,9 @@ def test_frames_have_their_miou_in_every_run_and_those_that_changed_most_are_lin
     changed = [{**row, "miou": row["miou"] + step} for row, step in zip(rows, (0.01, -0.02, *[0] * 5))]
     change(folder, "b.json", per_frame=changed, label_maps=None)
     page = make_page(folder, metrics=("m.json", "b.json"))
+    assert {name for name, image in page.images("image").items() if image.size == report.LARGE} == set(FRAMES)
     listed = page.source.split("Changed most in run 2")[1].split("</div>")[0]
-    assert re.findall(r'class="(\w+)">(.*?)</b>\s*<a>(.*?)</a>', listed) == [
+    assert re.findall(r'class="(\w+)">(.*?)</b>\s*<a href="#(.*?)">', listed) == [
         ("bad", "-2.00", FRAMES[1]),
         ("good", "+1.00", FRAMES[0]),
     ]
@@ -282,14 +292,22 @@ def test_large_frames_show_both_predictions_and_what_became_of_each_pixel(folder
         confusions.append(postprocess.count_pixels(label, np.searchsorted(LABEL_IDS, label_map)))
     frames = [postprocess.Frame(name, folder, folder) for name in FRAMES]
     change(folder, "b.json", label_maps=str(folder / "labels_b"), **postprocess.summarise(frames, confusions))
-    page = make_page(folder, metrics=("m.json", "b.json"))
-    assert list(page.images("prediction of run 2")) == FRAMES[:1:-1]
-    drawn = page.images("changes in run 2")[frame].convert("RGB").resize(SIZE, Image.NEAREST)
+    change(folder, "c.json", label_maps=None)  # and so has no images of its own
+    page = make_page(folder, metrics=("m.json", "c.json", "b.json"))
+    assert list(page.images("prediction of run 3")) == FRAMES[:1:-1]
+    assert not page.images("prediction of run 2")
+    in_order = ("labels", "labels", "labels_b")
+    assert make_page(folder, "--labels", *in_order, metrics=("m.json", "c.json", "b.json")).images(
+        "prediction of run 2"
+    )
+    message = refusal(report, "m.json", "c.json", "b.json", "--labels", *in_order[::-1])
+    assert "not the prediction of these metrics" in message
+    drawn = page.images("changes in run 3")[frame].convert("RGB").resize(SIZE, Image.NEAREST)
     places = {"correct": (60, 30), "fixed": (5, 25), "broken": (120, 5), "wrong": (112, 21), "ignored": (127, 63)}
     colors = [drawn.getpixel(place) for place in places.values()]
     assert colors == [(255, 255, 255), (26, 150, 65), (215, 25, 28), (160, 160, 160), (0, 0, 0)]
     shares = [100 * n / (60 * 128) for n in (2 * 30, 20 * 28, 58 * 30 + 4 * 17)]
-    assert "changes in run 2: fixed {:.2f} %, broken {:.2f} %, wrong in both {:.2f} %".format(*shares) in page.text
+    assert "changes in run 3: fixed {:.2f} %, broken {:.2f} %, wrong in both {:.2f} %".format(*shares) in page.text
 
 
 def test_a_frame_has_its_pixel_accuracy_beside_its_miou(folder):
@@ -374,7 +392,7 @@ def unfit(folder: Path, capsys: pytest.CaptureFixture) -> str:
     assert not make_page(folder).images("image")
     warning = capsys.readouterr().err
     error = refusal(report, "m.json", "--data", folder, "--output", "other.html")
-    assert warning == f"warning: no images: {error} (--data and --labels name other folders)\n"
+    assert warning == f"warning: no images: {error}; pass --data and --labels if they are elsewhere now\n"
     assert not Path("other.html").exists()
     return error
 
@@ -402,18 +420,21 @@ def test_a_record_moved_elsewhere_is_told_where_its_images_are(folder, capsys):
     for name in ("leftImg8bit", "gtFine", "labels"):
         Path(name).rename(f"moved/{name}")
     assert not make_page(folder).images("image")
-    assert f"warning: no images: [Errno 2] No such file or directory: '{folder}/" in capsys.readouterr().err
+    assert f"warning: no images: {folder}/leftImg8bit/val: No such file or directory; pass" in capsys.readouterr().err
     assert len(make_page(folder, "--data", "moved", "--labels", "moved/labels").images("image")) == 7
-    assert capsys.readouterr().err == ""
+    change(folder, "m.json", data_dir="moved")
+    assert refusal(report, "m.json", "--labels", "none").startswith("none: No such file")
     change(folder, "m.json", label_maps=None)
     assert not make_page(folder).images("image")
-    assert "no images: m.json: scored without --save_labels" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
+    assert "m.json: scored without --save_labels; pass --labels" in refusal(report, "m.json", "--data", "moved")
 
 
 def test_runs_of_other_frames_or_ground_truth_are_refused(folder):
     rows, confusion = read(folder)["per_frame"], np.array(read(folder)["confusion_matrix"])
     confusion[0, 0] += 1
-    for changes in ({"per_frame": rows[1:]}, {"confusion_matrix": confusion.tolist()}):
+    renamed = [{**rows[0], "frame": "other"}, *rows[1:]]
+    for changes in ({"per_frame": rows[1:]}, {"per_frame": renamed}, {"confusion_matrix": confusion.tolist()}):
         change(folder, "b.json", **changes)
         assert refusal(report, "m.json", "b.json") == "b.json: of other frames or other ground truth than m.json"
 
@@ -453,7 +474,7 @@ def test_a_record_of_an_earlier_version_says_score_again(folder):
 def test_a_missing_file_is_one_line_and_status_1_and_wrong_usage_is_2(folder):
     assert error_of(SCRIPT, "none.json").endswith("none.json: No such file or directory")
     before = Path("m.json").read_bytes()
-    assert "--output is one of METRICS.json" in run(SCRIPT, "m.json", "--output", "./m.json", status=2).stderr
+    assert "--output must end in .html" in run(SCRIPT, "m.json", "--output", "m.json", status=2).stderr
     assert Path("m.json").read_bytes() == before
     assert "--labels: 2 given" in run(SCRIPT, "m.json", "--labels", "labels", "labels", status=2).stderr
 

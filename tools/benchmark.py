@@ -28,7 +28,18 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))
-from intrada_postprocess import InputError, at_least_one, find_logits, first_five, is_there, list_folder, run_script
+from intrada_postprocess import (
+    InputError,
+    at_least_one,
+    explain,
+    find_labels,
+    find_logits,
+    first_five,
+    is_there,
+    list_folder,
+    read_json,
+    run_script,
+)
 
 BATCH_SIZES = 1, 4, 8, 16, 32, 64
 # Frames/s on 310P3, of runs on zeros. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
@@ -50,10 +61,10 @@ def plan_commands(batch_size: int, args: argparse.Namespace) -> dict[str, list[s
     tool = [str(TOOLS / "infer.py"), "--provider", args.provider] if is_onnx(args) else ["-m", "ais_bench"]
     infer = [sys.executable, *tool, "--device", str(args.device), "--model", model_path(batch_size, args)]
     infer += ["--batchsize", str(batch_size), "--output", str(args.output), "--output_dirname", results.name]
-    infer += ["--input", args.input] if args.input else ["--loop", str(args.loop)]
+    infer += ["--input", str(args.input)] if args.input else ["--loop", str(args.loop)]
     if not args.data:
         return {"infer": infer}
-    score = [sys.executable, str(TOOLS.parent / "intrada_postprocess.py"), args.data, str(results)]
+    score = [sys.executable, str(TOOLS.parent / "intrada_postprocess.py"), str(args.data), str(results)]
     score += ["--split", args.split, "--json", f"{results}_metrics.json"]
     score += ["--limit", str(args.limit)] if args.limit else []
     return {"infer": infer, "score": score}
@@ -103,16 +114,18 @@ def check_files(args: argparse.Namespace) -> list[str]:
     if missing:
         maker = "intrada_pth2onnx.py" if is_onnx(args) else "atc_convert.sh"
         raise InputError(f"{first_five(missing)}: no such file; make it with {maker}")
-    if args.data and not list_folder(Path(args.data, "gtFine")):
-        raise InputError(f"{args.data}: nothing in gtFine/; --data is the Cityscapes folder")
-    stems = [path.stem for path in list_folder(Path(args.input)) if path.suffix == ".bin"] if args.input else []
+    stems = [path.stem for path in list_folder(args.input) if path.suffix == ".bin"] if args.input else []
     if args.input and not stems:
         raise InputError(f"{args.input}: no .bin; --input is what intrada_preprocess.py wrote")
+    frames = list(find_labels(args.data, args.split))[: args.limit] if args.data else []
+    lacking = [frame for frame in frames if f"{frame}_leftImg8bit" not in stems]
+    if lacking or (args.limit and len(stems) > args.limit):
+        problem = f"{len(stems)} frames, of {len(frames)} to score {len(lacking)} are missing"
+        raise InputError(f"{args.input}: {problem}; preprocess with the same --split and --limit")
     taken = [name for batch_size in args.batch_sizes for name in find_results(args.output / f"bs{batch_size}")]
     if taken:
-        raise InputError(
-            f"{args.output}: has {first_five(taken)} of an earlier run; pass another --output, or remove it"
-        )
+        remedy = "pass another --output, or other batch sizes, or remove these"
+        raise InputError(f"{args.output}: has {first_five(taken)}; {remedy}")
     return stems
 
 
@@ -120,7 +133,7 @@ def find_results(folder: Path) -> list[str]:
     """Name what an earlier run left of a batch size: logits, a summary, metrics."""
     beside = [folder.with_name(f"{folder.name}_{what}.json") for what in ("summary", "metrics")]
     logits = [folder] if is_there(folder) and find_logits(folder) else []
-    return [path.name for path in [*logits, *filter(is_there, beside)]]
+    return [path.name for path in [*logits, *filter(read_json, beside)]]
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
@@ -146,8 +159,7 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
             metrics = json.loads(Path(f"{results}_metrics.json").read_text(encoding="utf-8"))
             row.update({"frames": metrics["frames"], "mIoU %": 100 * metrics["miou"]})
     except (InputError, OSError) as error:  # the other batch sizes still run
-        is_input = isinstance(error, InputError)
-        row["failure"] = str(error) if is_input else f"{error.filename or args.output}: {error.strerror}"
+        row["failure"] = explain(error)
     return row
 
 
@@ -196,11 +208,8 @@ def format_table(rows: list[dict], args: argparse.Namespace) -> str:
     lines += [f"batch size {row['batch size']}: {row['failure']}" for row in rows if "failure" in row]
     scored = [str(args.output / f"bs{row['batch size']}_metrics.json") for row in complete if "mIoU %" in row]
     if scored:
-        lines += [
-            "as a page:",
-            "",
-            "    " + format_command(["python3", str(Path(sys.argv[0]).with_name("report.py")), *scored]),
-        ]
+        report = ["python3", str(Path(sys.argv[0]).with_name("report.py")), *scored]
+        lines += ["as a page:", "", f"    {format_command([*report, '--output', str(args.output / 'report.html')])}"]
     return "\n".join(lines)
 
 
@@ -219,18 +228,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("model", metavar="MODEL_PREFIX", help="of MODEL_PREFIX_bs1.om, _bs4.om, ...; or an .onnx")
     add("batch_sizes", metavar="BS", nargs="*", type=at_least_one, default=BATCH_SIZES,
         help=f"batch sizes (default: {' '.join(map(str, BATCH_SIZES))})")  # fmt: skip
-    add("--input", metavar="SAVE_DIR", help="infer these frames (default: zeros)")
-    add("--data", metavar="DATA_DIR", help="score them against the Cityscapes labels")
+    add("--input", metavar="SAVE_DIR", type=Path, help="infer these frames (default: zeros)")
+    add("--data", metavar="DATA_DIR", type=Path, help="score them against the Cityscapes labels")
     add("--split", default="val", help="split to score (default: %(default)s)")
-    add("--limit", metavar="N", type=at_least_one, help="score the first N frames only, as in SAVE_DIR (default: all)")
+    add(
+        "--limit",
+        metavar="N",
+        type=at_least_one,
+        help="score the first N frames, all that SAVE_DIR holds (default: all)",
+    )
     add("--output", metavar="DIR", type=Path, help="folder for everything (default: bench/<file name of MODEL_PREFIX>)")
     add("--loop", metavar="N", type=at_least_one, default=50, help="runs on zeros (default: %(default)s)")
     add("--device", metavar="ID", type=int, default=0, help="device (default: %(default)s)")
     add("--provider", metavar="NAME", default="cpu", help="for an .onnx: tools/infer.py's (default: %(default)s)")
     add("--dry_run", action="store_true", help="print the commands and run none")
     args = parser.parse_intermixed_args(argv)  # batch sizes may follow the options
-    if args.data and not args.input:
-        parser.error("--data needs --input")
+    if (args.data or args.limit) and not args.input:
+        parser.error("--data and --limit need --input")
     if args.model.endswith(".om"):
         parser.error(f"{args.model}: pass the prefix alone, {re.sub(r'(_bs[0-9]+)?[.]om$', '', args.model)}")
     args.output = args.output or Path("bench", Path(args.model).name)
@@ -246,12 +260,13 @@ def main(argv: list[str] | None = None) -> int:
     stems = check_files(args)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "table.md"
-    earlier = path.read_bytes() if is_there(path) else b""
-    rows, title = [], f"## {time.strftime('%Y-%m-%d %H:%M')}, {args.model}"
+    rows, section, title = [], b"", f"## {time.strftime('%Y-%m-%d %H:%M')}, {args.model}"
     for batch_size, commands in plans.items():
         rows.append(measure(batch_size, commands, stems, args))
         table = format_table(rows, args)  # written after every batch size, so that an interruption loses nothing
-        path.write_bytes(earlier + f"{title}\n\n{table}\n\n".encode("utf-8", "backslashreplace"))
+        others = path.read_bytes().replace(section, b"") if is_there(path) else b""
+        section = f"{title}\n\n{table}\n\n".encode("utf-8", "backslashreplace")
+        path.write_bytes(others + section)
     print(table)
     return int(any("failure" in row for row in rows))
 

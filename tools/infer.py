@@ -56,10 +56,10 @@ PROVIDERS.pop("azure", None)  # calls a service
 PACKAGES = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino",
             "cann": "onnxruntime-cann"}  # fmt: skip
 WITH_DEVICE_ID = "cuda", "tensorrt", "cann"
-MODELS_OF_OTHERS = {".om": "is for ais_bench", ".pth": "export it first, with intrada_pth2onnx.py"}
+OTHER_FORMATS = {".om": "is for ais_bench", ".pth": "export it first, with intrada_pth2onnx.py"}
 
 # Set by torchrun, and by other launchers; without all of them this is the only process.
-RANKS = {name: int(os.environ.get(name, -1)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+RANKS = {name: int(os.environ.get(name) or -1) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 IS_RANK = min(RANKS.values()) >= 0
 RANK, WORLD_SIZE, LOCAL_RANK = RANKS.values() if IS_RANK else (0, 1, 0)
 
@@ -133,11 +133,12 @@ def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> 
         The inputs whose results are missing; if only the summary is, the last group.
 
     Raises:
-        InputError: there are results of another model, provider or input, or of ais_bench, and no --overwrite.
+        InputError: there are results of another model, provider or input, or of ais_bench, and no --overwrite; or any,
+            and this is a run on zeros.
     """
     folder = args.folder
     entries = list_folder(folder) if is_there(folder) else []
-    results = [path for path in entries if re.fullmatch(r".+_[0-9]\.bin", path.name)]
+    results = [path for path in entries if re.fullmatch(r".+_[01]\.bin", path.name)]
     if not args.input:
         if results:
             raise InputError(f"{folder}: results, whose summary this would replace; pass another --output_dirname")
@@ -145,7 +146,7 @@ def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> 
         return []
     folder.mkdir(parents=True, exist_ok=True)
     note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
-    if results and not args.overwrite:
+    if (results or is_there(summary_path)) and not args.overwrite:
         refuse_other_results(folder, note)
     else:  # in this order, so that at any moment what is there belongs to the note
         for path in (summary_path, *results, note_path):
@@ -317,8 +318,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", metavar="N", type=at_least_one, default=cpus, help="threads per run (default: one per CPU)")
     add("--overwrite", action="store_true", help="remove the results in the folder and infer every frame again")
     args = parser.parse_args(argv)
-    if args.model.suffix in MODELS_OF_OTHERS:
-        parser.error(f"{args.model}: {MODELS_OF_OTHERS[args.model.suffix]}")
+    if args.model.suffix in OTHER_FORMATS:
+        parser.error(f"{args.model}: {OTHER_FORMATS[args.model.suffix]}")
     if args.output_dirname and not args.output:
         parser.error("--output_dirname needs --output")
     if args.output and not args.output_dirname:

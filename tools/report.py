@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write one self-contained HTML page about results: what ran, mIoU, speed, classes, confusions, frames.
+"""Write one HTML page about results: what ran, mIoU, speed, classes, confusions, frames.
 
    METRICS.json ...      the records of runs, of intrada_postprocess.py --json; runs are called by these files' names
 -> one self-contained HTML file without scripts; the same inputs give the same bytes
@@ -17,6 +17,7 @@ import argparse
 import base64
 import io
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,6 +38,7 @@ from intrada_postprocess import (
     InputError,
     count_cpus,
     count_pixels,
+    explain,
     find_by_frame,
     first_five,
     list_folder,
@@ -64,9 +66,6 @@ SMALL, LARGE = (192, 96), (1024, 512)  # width, height of a panel
 
 # What reading and converting a value raises where JSON is not what our scripts or ais_bench wrote.
 WRONG_VALUE = ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
-
-
-# ---------------------------------------------------------------------------------------------------- reading JSON
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -111,29 +110,26 @@ def describe_summaries(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     The frames/s of several devices add up, their times are averaged, and the largest p99 counts.
     """
     first, times = summaries[0], [summary["NPU_compute_time"] for summary in summaries]
-    options, provider = read_options(first["args"]), first.get("provider")
-    fps = sum(float(summary["throughput"]) for summary in summaries)
+    options = dict(re.findall(r"--(\w+)[ =](?!--)(\S+)", " ".join(map(str, first["args"]))))
+    provider = first.get("provider")
+    fps = [float(summary["throughput"]) for summary in summaries]
     mean_ms = float(np.mean([float(time["mean"]) for time in times]))
     p99_ms = max(float(time["percentile(99%)"]) for time in times)
     end_to_end = [summary.get("end_to_end_throughput") for summary in summaries]
-    devices = dict.fromkeys(str(summary.get("device", options.get("device", 0))) for summary in summaries)
+    folders = [re.search(r"^device(\d+)|$", str(summary["file"]))[1] for summary in summaries]
+    devices = [str(summary.get("device", n or options.get("device", 0))) for n, summary in zip(folders, summaries)]
     device = f"ONNX Runtime, {str(provider).upper()}" if provider else "Ascend, ais_bench"
     return {
         "model": Path(first.get("model") or options.get("model", "unknown")).name,
         "SHA-256": str(first.get("model_sha256", ""))[:12],
-        # ais_bench computed its frames/s from it
-        "batch size": int(first.get("batchsize") or round(float(first["throughput"]) * mean_ms / 1000)),
+        "batch size": int(
+            first.get("batchsize") or round(fps[0] * float(times[0]["mean"]) / 1000)
+        ),  # as ais_bench does
         "device": device if provider == "cpu" else f"{device}, device {', '.join(devices)}",
         "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items()),
         "date": str(first["date"]),
-        "speed": [fps, mean_ms, p99_ms, None if None in end_to_end else sum(map(float, end_to_end))],
+        "speed": [sum(fps), mean_ms, p99_ms, None if None in end_to_end else sum(map(float, end_to_end))],
     }
-
-
-def read_options(words: list[str]) -> dict[str, str]:
-    """Read options, `--name value` or `--name=value`, from the words of a command."""
-    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    return {name[2:]: value for name, value in zip(parts, parts[1:]) if name.startswith("--")}
 
 
 def join_runs(runs: list[dict[str, Any]]) -> None:
@@ -157,25 +153,24 @@ def join_runs(runs: list[dict[str, Any]]) -> None:
 
 
 def find_frames(runs: list[dict[str, Any]], data_dir: Path) -> list[dict[str, Any]]:
-    """Find every frame's files: its row of the first run, and `paths` of image, label and each run's label map.
+    """Find every frame's files: its row of the first run, `image`, `label`, and `label_maps` of the runs that have any.
 
     Raises:
         InputError: files are missing; counts and names them.
     """
-    for run in runs:
-        if not run["label_maps"]:
-            raise InputError(f"{run['path']}: scored without --save_labels")
-    image_dir, label_dir = (data_dir / kind / runs[0]["split"] for kind in ("leftImg8bit", "gtFine"))
+    if not runs[0]["label_maps"]:
+        raise InputError(f"{runs[0]['path']}: scored without --save_labels; pass --labels")
+    split, ending = runs[0]["split"], "_predicted_labelIds.png"
+    image_dir, label_dir = data_dir / "leftImg8bit" / split, data_dir / "gtFine" / split
     found = {image_dir: find_by_frame(image_dir, IMAGE_ENDING), label_dir: find_by_frame(label_dir, LABEL_ENDING)}
-    places = [image_dir, label_dir, *(run["label_maps"] for run in runs)]
-    ending = "_predicted_labelIds.png"
-    for folder in places[2:]:
-        found[folder] = {path.name[: -len(ending)]: path for path in list_folder(folder) if path.name.endswith(ending)}
-    rows = runs[0]["per_frame"]
-    missing = [f"{row['frame']} in {place}" for row in rows for place in places if row["frame"] not in found[place]]
+    maps = {n: run["label_maps"] for n, run in enumerate(runs) if run["label_maps"]}
+    found.update({d: {path.name[: -len(ending)]: path for path in list_folder(d)} for d in maps.values()})
+    rows = {row["frame"]: row for row in runs[0]["per_frame"]}
+    missing = [f"{name} in {folder}" for name in rows for folder in found if name not in found[folder]]
     if missing:
         raise InputError(f"files missing: {len(missing)}: {first_five(missing)}")
-    return [{**row, "paths": [found[place][row["frame"]] for place in places]} for row in rows]
+    return [{**row, "image": found[image_dir][name], "label": found[label_dir][name],
+             "label_maps": {n: found[maps[n]][name] for n in maps}} for name, row in rows.items()]  # fmt: skip
 
 
 def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -187,11 +182,11 @@ def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     Raises:
         InputError: a file is damaged, or a label map is not the one of the metrics.
     """
-    image_path, label_path, *map_paths = frame["paths"]
-    label = read_label(label_path)
+    label = read_label(frame["label"])
     truth = TRAIN_ID_OF[label]
-    prediction, *others = (read_prediction(path, label, miou) for path, miou in zip(map_paths, frame["mious"]))
-    image = read_png(image_path, "RGB").resize(size, Image.BOX)
+    predictions = {n: read_prediction(path, label, frame["mious"][n]) for n, path in frame["label_maps"].items()}
+    prediction = predictions.pop(0)
+    image = read_png(frame["image"], "RGB").resize(size, Image.BOX)
     errors = np.where((prediction == truth) & (truth != IGNORED), np.uint8(CORRECT), truth)
     images = {
         "image": image,
@@ -202,14 +197,19 @@ def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     captions = {}
     if size == LARGE:
         images["overlay"] = Image.blend(image, images["prediction"].convert("RGB"), 0.5)
-        for n, later in enumerate(others, 2):
-            changes, captions[f"changes in run {n}"] = compare_predictions(truth, prediction, later)
-            images[f"prediction of run {n}"] = paint(later, size)
-            images[f"changes in run {n}"] = paint(changes, size)
+        for n, later in predictions.items():
+            changes, captions[f"changes in run {n + 1}"] = compare_predictions(truth, prediction, later)
+            images[f"prediction of run {n + 1}"] = paint(later, size)
+            images[f"changes in run {n + 1}"] = paint(changes, size)
     confusion = count_pixels(label, prediction)
     shares = confusion / max(confusion.sum(), 1)
     panels = [(title, to_data_uri(drawn), *size, captions.get(title)) for title, drawn in images.items()]
-    return {**frame, "panels": panels, "confusions": find_confusions(shares, FRAME_CONFUSIONS)}
+    return {
+        **frame,
+        "is_large": size == LARGE,
+        "panels": panels,
+        "confusions": find_confusions(shares, FRAME_CONFUSIONS),
+    }
 
 
 def compare_predictions(truth: np.ndarray, earlier: np.ndarray, later: np.ndarray) -> tuple[np.ndarray, str]:
@@ -254,21 +254,20 @@ def to_data_uri(image: Image.Image) -> str:
 
 
 def draw_frames(runs: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Draw frames in threads, the first ones large; Pillow releases the GIL while it decodes.
-
-    Where the records name files that do not fit, there is a warning and no images; where --data or --labels was given,
-    an InputError.
-    """
+    """Draw frames in threads, the first ones large; if the records' files do not fit, warn and draw none."""
     for run, folder in zip(runs, args.labels):
         run["label_maps"] = folder
+    if not runs[0]["label_maps"] and not args.data:
+        return []
     try:
         frames = find_frames(runs, args.data or runs[0]["data_dir"])
-        sizes = [LARGE if n < LARGE_FRAMES else SMALL for n in range(len(frames))]
+        large = {frame for n in range(1, len(runs)) for _, frame in find_changed_frames(runs[0], n)}
+        sizes = [LARGE if n < LARGE_FRAMES or frame["frame"] in large else SMALL for n, frame in enumerate(frames)]
         return thread_map(draw_frame, frames, sizes, max_workers=count_cpus(), unit="frame", disable=None)
     except (InputError, OSError) as error:
         if args.data or args.labels:
             raise
-        warn(f"no images: {error} (--data and --labels name other folders)")
+        warn(f"no images: {explain(error)}; pass --data and --labels if they are elsewhere now")
         return []
 
 
@@ -338,8 +337,8 @@ def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
         confusions=find_confusions(shares, RUN_CONFUSIONS),
         matrix=list(zip(NAMES, shares)),
         bins=count_frames(first),
-        large=frames[:LARGE_FRAMES],
-        small=frames[LARGE_FRAMES:],
+        large=[frame for frame in frames if frame["is_large"]],
+        small=[frame for frame in frames if not frame["is_large"]],
     )
 
 
@@ -349,13 +348,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("metrics", metavar="METRICS.json", nargs="+", type=Path, help="of intrada_postprocess.py --json, one per run")
     add("--data", metavar="DATA_DIR", type=Path, help="Cityscapes (default: where METRICS.json says)")
     add("--labels", metavar="DIR", nargs="+", type=Path, default=[],
-        help="label maps, one folder per METRICS.json, in their order (default: where METRICS.json says)")  # fmt: skip
+        help="label maps, a folder per METRICS.json, after these in their order (default: where they say)")  # fmt: skip
     add("--output", metavar="FILE", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.metrics):
         parser.error(f"--labels: {len(args.labels)} given, METRICS.json: {len(args.metrics)}")
-    if args.output.resolve() in [path.resolve() for path in args.metrics]:
-        parser.error(f"{args.output}: --output is one of METRICS.json")
+    if args.output.suffix != ".html":
+        parser.error(f"{args.output}: --output must end in .html")
     return args
 
 
@@ -366,8 +365,8 @@ def main(argv: list[str] | None = None) -> int:
     frames = draw_frames(runs, args)
     page = render(runs, frames).encode("utf-8", "backslashreplace")
     args.output.write_bytes(page)
-    counts = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(frames)} frame{'s' * (len(frames) != 1)}"
-    print(f"{args.output}: {counts}, {len(page) / 1e6:.1f} MB")
+    counts = f"{len(runs)} run{'s' * (len(runs) != 1)}, {runs[0]['frames']} frame{'s' * (runs[0]['frames'] != 1)}"
+    print(f"{args.output}: {counts}, {len(page) / 1e6:.1f} MB{'' if frames else ', no images'}")
     return 0
 
 
