@@ -565,11 +565,14 @@ def run_script(main: Callable[[], int], umask: int = 0o022, unwind: bool = False
     With `unwind` the signal first raises KeyboardInterrupt, which ends child processes and removes temporary files.
     """
 
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
     def interrupt(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
+        for further in signals:
+            signal.signal(further, lambda *_: None)
         raise KeyboardInterrupt(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in signals:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background set it
             signal.signal(number, interrupt if unwind else signal.SIG_DFL)
     os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files

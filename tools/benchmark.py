@@ -90,8 +90,7 @@ def run_command(command: list[str], log: Path) -> float:
     """
     print("+", format_command(command), file=sys.stderr, flush=True)
     start = time.perf_counter()
-    # as a rank of torchrun, tools/infer.py would take only a part of the frames
-    environment = {name: os.environ[name] for name in os.environ.keys() - {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    environment = {**os.environ, "RANK": "-1"}  # as a rank of torchrun, tools/infer.py would take a part of the frames
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment)
     seconds = time.perf_counter() - start
     with log.open("ab") as file:

@@ -7,9 +7,8 @@
  -> OUTPUT/shares.csv                    one row per image: <name>, and each class's fraction of the pixels, 0 to 1
 
 <name> is the image's path below the given folder without its suffix, and with it where two images would share a name;
-of several folders, each one's own name comes first. The model sees every image at 1024 x 512 and was trained on street
-scenes: results elsewhere will be poor. What cannot be segmented is reported at the end, with exit status 1. Interrupted
-and restarted with --skip_done, it resumes. Temporary files take 0.3 GB, on an NPU or a GPU 2 GB; TMPDIR says where.
+of several paths, a folder's own name comes first. The model sees all images at 1024 x 512 and knows street scenes. What
+cannot be segmented is reported at the end, with exit status 1; --skip_done resumes. Temporary files are in TMPDIR.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -20,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import io
 import mimetypes
@@ -29,8 +29,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ with contextlib.suppress(ImportError):
 
     register_heif_opener()
 
+mimetypes.types_map.update({".db": "Thumbs.db", ".ini": "desktop.ini"})
 CPU_GROUP, GROUP = 32, 256  # images; loading the model takes 1 s on a CPU, and longer than all else on other devices
 OUR_NAMES = re.compile(r"(.+_overlay\.jpg|.+_color\.png|shares\.csv)(\.part)?", re.DOTALL)
 HEADER = ["image", *NAMES]
@@ -82,17 +84,13 @@ def find_images(paths: list[Path], output: Path) -> list[Source]:
     Raises:
         InputError: there are none, two results would have the same name, or OUTPUT holds other images than results.
     """
-    others = [path for path in walk(output, set()) if not OUR_NAMES.fullmatch(path.name)] if is_there(output) else []
-    others = [str(path) for path in others if (mimetypes.guess_type(path.name)[0] or "image/").startswith("image/")]
+    others = [str(p) for p in (walk(output, set()) if is_there(output) else []) if not OUR_NAMES.fullmatch(p.name)]
     if others:
         raise InputError(f"{output}: holds what may be images of yours; pass another --output: {first_five(others)}")
-    visited = {output.resolve()}
-    inputs = [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]
-    several = sum(path.is_dir() for path in inputs) > 1
-    found = []
-    for path in inputs:
+    visited, found = {output.resolve()}, []
+    for path in [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]:
         folder = path if path.is_dir() else path.parent
-        start = Path(os.path.abspath(path)).name if several and path.is_dir() else ""  # noqa: PTH100
+        start = Path(os.path.abspath(path)).name if len(paths) > 1 and path.is_dir() else ""  # noqa: PTH100
         found += [(image, start / image.relative_to(folder)) for image in walk(path, visited)]
     if not found:
         raise InputError(f"{first_five([str(path) for path in paths])}: no images")
@@ -107,12 +105,13 @@ def find_images(paths: list[Path], output: Path) -> list[Source]:
 
 
 def walk(path: Path, visited: set[Path]) -> list[Path]:
-    """List a file, or the files below a folder in a fixed order; a folder that was visited has none."""
+    """List a file, or what may be images below a folder, in a fixed order; a folder that was visited has none."""
     if not path.is_dir():
         return [path]
     entries = [] if path.resolve() in visited else list_folder(path)
     visited.add(path.resolve())
-    return [file for entry in entries for file in walk(entry, visited)]
+    files = [file for entry in entries for file in walk(entry, visited)]
+    return [file for file in files if (mimetypes.guess_type(file.name)[0] or "image/").startswith("image/")]
 
 
 def read_shares(output: Path) -> dict[str, list[str]]:
@@ -199,8 +198,7 @@ def infer(images: list[Source], folder: Path, args: argparse.Namespace, bar: tqd
     tool = ["-m", "ais_bench"] if is_om else [str(Path(__file__).with_name("infer.py")), "--provider", args.provider]
     command = [sys.executable, *tool, "--model", str(args.model), "--batchsize", "1", "--device", str(args.device)]
     command += ["--input", str(folder), "--output", str(folder), "--output_dirname", "logits"]
-    # as a rank of torchrun, tools/infer.py would take only a part of the images
-    environment = {name: os.environ[name] for name in os.environ.keys() - {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    environment = {**os.environ, "RANK": "-1"}  # as a rank of torchrun, tools/infer.py would take a part of the images
     log, before = folder / "log", bar.n
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as child:
         while child.poll() is None and not stop.wait(0.1):
@@ -209,7 +207,7 @@ def infer(images: list[Source], folder: Path, args: argparse.Namespace, bar: tqd
     missing = [image for image in images if not is_there(folder / "logits" / f"{image.number}_1.bin")]
     bar.update(before + len(images) - len(missing) - bar.n)
     if child.returncode or missing:
-        last_lines = " | ".join(log.read_text(errors="replace").splitlines()[-5:])
+        last_lines = " | ".join(log.read_text(errors="replace").splitlines()[-5:]) or "no message; TMPDIR may be full"
         problem = f"inference ended with status {child.returncode}, results missing: {len(missing)} of {len(images)}"
         raise InputError(f"{args.model}: {problem}, in {folder}: {last_lines}")
 
@@ -231,6 +229,8 @@ def draw(image: Source, folder: Path, shares: dict[str, list[str]]) -> None:
         color_map.save(png, "PNG", compress_level=1)
         write({image.overlay: jpg.getvalue(), image.color: png.getvalue()})
     except OSError as error:  # the name is too long, or a side above JPEG's 65500 pixels
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # which ends all
+            raise
         raise InputError(f"{image.overlay}: {error.strerror or error}") from None
     shares[image.name] = [f"{fraction:.9f}" for fraction in fractions]
 
@@ -255,17 +255,17 @@ def draw_legend(shares: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 def segment(images: list[Source], args: argparse.Namespace, stop: threading.Event) -> list[str]:
     """Prepare, infer and draw group after group, until it is to stop; return what is wrong with which image."""
-    shares = read_shares(args.output)
+    shares, errors, drawn = read_shares(args.output), {}, {}
     write_shares(args.output, shares)  # before any work, since OUTPUT may be read-only
     if args.skip_done:
         done = {i for i in images if i.name in shares and is_there(i.overlay) and is_there(i.color)}
         print(f"images left out, whose results are there: {len(done)}")
         images = [image for image in images if image not in done]
     size = CPU_GROUP if args.model.suffix == ".onnx" and args.provider == "cpu" else GROUP
-    errors, drawn = {}, {}
+    starts = [0, *range(CPU_GROUP, len(images), size)]  # the first group is small, and tells of a wrong model
     try:
         with tqdm(total=len(images), unit="image", disable=None) as bar:
-            for group in [images[n : n + size] for n in range(0, len(images), size)]:
+            for group in [images[start:end] for start, end in zip(starts, [*starts[1:], None])]:
                 if stop.is_set():
                     break
                 with tempfile.TemporaryDirectory(prefix="segment_") as name:
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             work = worker.submit(segment, images, args, stop)
             while not work.done():
-                wait([work], timeout=0.1)  # a longer one does not end if another thread receives the signal
+                time.sleep(0.1)  # a wait for the other thread does not end if that receives the signal
         finally:
             stop.set()
     errors = work.result()
