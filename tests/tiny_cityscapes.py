@@ -32,6 +32,7 @@ from intrada_pth2onnx import LOGITS_HEIGHT, LOGITS_WIDTH, NUM_CLASSES, Classifie
 
 FRAME_HEIGHT, FRAME_WIDTH = 1024, 2048
 SEED = 0
+WHITE = 255.2, 255.2, 257.4  # lane markings, brighter than a PNG can hold; the grain darkens them
 BRANCH_GAIN, LOGIT_SCALE, RIDGE = 0.2, 10, 1e-4
 CHECKPOINT = "tiny_intrada.pth"
 SCENES = Path(__file__).resolve().with_name("tiny")
@@ -83,6 +84,7 @@ def read_scenes() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for path in sorted(SCENES.glob("*_flat.png")):
         frame = path.name[: -len("_flat.png")]
         image_hwc = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
+        image_hwc[(image_hwc == 255).all(axis=2)] = WHITE
         label = np.asarray(Image.open(SCENES / f"{frame}_labelIds.png"))  # the palette's indices
         for label_id, *texture in CLASSES.values():
             inside = label == label_id
