@@ -111,8 +111,8 @@ def find_frames(labels: dict[str, Path], result_dir: Path, limit: int | None) ->
             else "infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
         )
         raise InputError(
-            f"{result_dir}: no <frame>_leftImg8bit_1.bin for {len(missing)} of {len(frames)} frames; {remedy}: "
-            f"{first_five(missing)}"
+            f"{result_dir}: no <frame>_leftImg8bit_1.bin for {len(missing)} of {len(frames)} frames: "
+            f"{first_five(missing)}; {remedy}"
         )
     others = sorted({stem for stem in logits if stem.endswith("_1")} - {f"{name}_leftImg8bit_1" for name in labels})
     if others:
@@ -215,7 +215,7 @@ def read_summaries(folders: list[Path]) -> list[dict]:
             command = " ".join(map(str, summary["args"]))
             models.add(str(summary.get("model_sha256") or re.search(r"--model[ =](\S+)|$", command)[1]))
         else:
-            warn(f"{path}: missing or damaged; what inferred these logits is not known")
+            warn(f"{path}: missing or damaged; which model inferred these logits is unknown")
     if len(models) > 1:
         raise InputError(f"{folders[0]}: results of several models: {first_five(sorted(models))}")
     return summaries
@@ -515,7 +515,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--split", default="val", help="folder below gtFine (default: %(default)s)")
     add("--limit", metavar="N", type=at_least_one, help="score the first N frames only (default: all)")
     add("--workers", metavar="N", type=at_least_one, default=count_cpus(), help="threads (default: one per CPU)")
-    add("--json", metavar="FILE", type=Path, help="write the run's record here: all metrics and what inferred")
+    add("--json", metavar="FILE", type=Path, help="write the run's record: metrics, inference summary, paths")
     add("--save_labels", metavar="DIR", type=Path, help="write each prediction here, as a PNG of label ids")
     add("--save_colors", metavar="DIR", type=Path, help="write each prediction here, as a PNG in Cityscapes' colors")
     add("--expect", metavar="PERCENT", type=float, help="expected mIoU; exit status 1 if it is missed")

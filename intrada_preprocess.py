@@ -141,9 +141,7 @@ def warn_of_other_files(save_dir: Path, images: list[Path]) -> None:
     present = {path.name for path in save_dir.iterdir() if path.suffix.lower() in (".bin", ".npy")}
     others = sorted(present - {f"{image.stem}.bin" for image in images})
     if others:
-        print(
-            f"warning: {save_dir}: other files, which ais_bench will infer too: {first_five(others)}", file=sys.stderr
-        )
+        print(f"warning: {save_dir}: other files, which will be inferred too: {first_five(others)}", file=sys.stderr)
 
 
 def count_cpus() -> int:

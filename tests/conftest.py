@@ -71,5 +71,5 @@ def walk(tmp_path_factory) -> Walk:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that both of pytest-xdist's processes work to the end."""
-    longest = ["test_readme.py", "test_pth2onnx.py"]
+    longest = [f"test_{name}.py" for name in ("readme", "pth2onnx", "segment", "benchmark", "damage", "report")]
     items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))

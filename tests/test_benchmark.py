@@ -249,8 +249,8 @@ def test_what_is_missing_is_named_before_anything_runs(folder, args, words):
     ("args", "message"),
     [
         ("x --data data", "--data and --limit need --input"),
-        ("models/x_bs16.om 1", "models/x_bs16.om: pass the prefix alone, models/x\n"),
-        ("x.om", "x.om: pass the prefix alone, x\n"),
+        ("models/x_bs16.om 1", "models/x_bs16.om: pass only the prefix, models/x\n"),
+        ("x.om", "x.om: pass only the prefix, x\n"),
     ],
 )
 def test_wrong_usage_exits_2(args, message, capsys):

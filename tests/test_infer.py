@@ -279,11 +279,14 @@ def test_a_damaged_summary_is_written_again(images, content):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--model", "x.om"], "x.om: is for ais_bench"),
+        (["--model", "x.om"], "x.om: run it with `python3 -m ais_bench`"),
         (["--model", "x.pth"], "x.pth: export it first, with intrada_pth2onnx.py"),
-        (["--provider", "cuda"], "this onnxruntime has cpu; uninstall it and install onnxruntime-gpu"),
-        (["--provider", "azure"], "argument --provider: this onnxruntime has cpu\n"),
-        (["--provider", "cdua", "--help"], "argument --provider: this onnxruntime has cpu\n"),
+        (
+            ["--provider", "cuda"],
+            "this onnxruntime supports only cpu; pip3 uninstall onnxruntime, then pip3 install onnxruntime-gpu",
+        ),
+        (["--provider", "azure"], "argument --provider: this onnxruntime supports only cpu\n"),
+        (["--provider", "cdua", "--help"], "argument --provider: this onnxruntime supports only cpu\n"),
     ],
 )
 def test_a_model_or_provider_of_another_package_is_wrong_usage(images, args, words, capsys):

@@ -160,7 +160,7 @@ def test_the_first_frames_are_scored_and_the_record_says_so(folder, capsys):
         path.unlink()
     assert score("result/r", "--limit", 3)["frames"] == 3
     assert (
-        f"for 1 of 4 frames; infer them first, or score fewer by --limit; pass e.g. result/result_bs1: {FRAMES[3]}"
+        f"for 1 of 4 frames: {FRAMES[3]}; infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
         in refusal(postprocess, "data", "result/r")
     )
 
@@ -184,7 +184,7 @@ def test_the_first_images_are_converted_and_those_of_an_earlier_run_are_warned_o
     assert capsys.readouterr().out == "frames written to p: 2\n"
     assert sorted(path.name[:6] for path in Path("p").iterdir()) == ["bonn_0", "bonn_1"]
     assert preprocess.main(["d", "p", "--limit", "1"]) == 0
-    assert "warning: p: other files, which ais_bench will infer too: bonn_1_leftImg8bit.bin" in capsys.readouterr().err
+    assert "warning: p: other files, which will be inferred too: bonn_1_leftImg8bit.bin" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- suspicious data
@@ -221,4 +221,4 @@ def test_logits_of_another_format_name_ais_bench_s_option(folder):
     Path("r").mkdir()
     for frame in FRAMES:
         Path(f"r/{frame}_leftImg8bit_1.npy").touch()
-    assert "for 4 of 4 frames; use ais_bench's --outfmt BIN: " in refusal(postprocess, "data", "r")
+    assert "; use ais_bench's --outfmt BIN" in refusal(postprocess, "data", "r")

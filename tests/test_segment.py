@@ -239,7 +239,7 @@ def test_results_mirror_the_folders_and_runs_into_one_output_add_up(weights):
     Path("out", "notes.txt").touch()  # no image
     shutil.move("out", "in/out")
     done = run(SCRIPT, *output, "--skip_done")  # and what is in OUTPUT is no input
-    assert done.stdout == "images left out, whose results are there: 1\noverlays written to in/out: 4\n"
+    assert done.stdout == "skipped, already done: 1\noverlays written to in/out: 4\n"
     for name in ("notes.txt", "b_color.png.part"):
         Path("in/out", name).unlink()
     assert results("in/out") == [*names, "new"]
@@ -288,7 +288,7 @@ def test_what_cannot_work_is_refused_before_any_work(weights):
     Path("raw/a.CR3").touch()  # of an unknown type
     named_in = {"in": "in/a.png, in/b.png", "other": "other/a.png, other/in/a.png", "raw": "raw/a.CR3"}
     for output, named in named_in.items():
-        message = f"{output}: holds what may be images of yours; pass another --output: {named}"
+        message = f"{output}: has files that may be your images; pass another --output: {named}"
         assert refusal(tool, "x.onnx", "in", "other", "--output", output) == message
     assert error_of(SCRIPT, "y.onnx", *SEGMENT[1:]) == "y.onnx: No such file or directory"
     assert error_of(SCRIPT, "x.onnx", "y", *SEGMENT[1:]) == "y: No such file or directory"
@@ -321,7 +321,7 @@ def test_an_interruption_loses_one_group_at_most_and_skip_done_resumes(weights):
     assert list(shares()) == drawn
     assert 32 <= len(drawn) < 50
     stdout = run(SCRIPT, *SEGMENT, "--skip_done").stdout
-    assert stdout.startswith(f"images left out, whose results are there: {len(drawn)}\n")
+    assert stdout.startswith(f"skipped, already done: {len(drawn)}\n")
     assert stdout.endswith(f"overlays written to out: {50 - len(drawn)}\n")
     assert results() == list(shares()) == [f"{n:02}" for n in range(50)]
 

@@ -208,7 +208,7 @@ def format_table(rows: list[dict], args: argparse.Namespace) -> str:
     scored = [str(args.output / f"bs{row['batch size']}_metrics.json") for row in complete if "mIoU %" in row]
     if scored:
         report = ["python3", str(Path(sys.argv[0]).with_name("report.py")), *scored]
-        lines += ["as a page:", "", f"    {format_command([*report, '--output', str(args.output / 'report.html')])}"]
+        lines += ["HTML report:", "", f"    {format_command([*report, '--output', str(args.output / 'report.html')])}"]
     return "\n".join(lines)
 
 
@@ -224,7 +224,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Measure speed and mIoU at several batch sizes, by ais_bench (.om) or tools/infer.py (.onnx)."
     )
     add = parser.add_argument
-    add("model", metavar="MODEL_PREFIX", help="of MODEL_PREFIX_bs1.om, _bs4.om, ...; or an .onnx")
+    add("model", metavar="MODEL_PREFIX", help="prefix of MODEL_PREFIX_bs1.om, _bs4.om, ...; or an .onnx")
     add("batch_sizes", metavar="BS", nargs="*", type=at_least_one, default=BATCH_SIZES,
         help=f"batch sizes (default: {' '.join(map(str, BATCH_SIZES))})")  # fmt: skip
     add("--input", metavar="SAVE_DIR", type=Path, help="infer these frames (default: zeros)")
@@ -234,18 +234,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--limit",
         metavar="N",
         type=at_least_one,
-        help="score the first N frames, all that SAVE_DIR holds (default: all)",
+        help="score the first N frames, the only ones in SAVE_DIR (default: all)",
     )
     add("--output", metavar="DIR", type=Path, help="folder for everything (default: bench/<file name of MODEL_PREFIX>)")
     add("--loop", metavar="N", type=at_least_one, default=50, help="runs on zeros (default: %(default)s)")
     add("--device", metavar="ID", type=int, default=0, help="device (default: %(default)s)")
-    add("--provider", metavar="NAME", default="cpu", help="for an .onnx: tools/infer.py's (default: %(default)s)")
+    add("--provider", metavar="NAME", default="cpu", help="execution provider for an .onnx (default: %(default)s)")
     add("--dry_run", action="store_true", help="print the commands and run none")
     args = parser.parse_intermixed_args(argv)  # batch sizes may follow the options
     if (args.data or args.limit) and not args.input:
         parser.error("--data and --limit need --input")
     if args.model.endswith(".om"):
-        parser.error(f"{args.model}: pass the prefix alone, {re.sub(r'(_bs[0-9]+)?[.]om$', '', args.model)}")
+        parser.error(f"{args.model}: pass only the prefix, {re.sub(r'(_bs[0-9]+)?[.]om$', '', args.model)}")
     args.output = args.output or Path("bench", Path(args.model).name)
     return args
 

@@ -56,7 +56,10 @@ PROVIDERS.pop("azure", None)  # calls a service
 PACKAGES = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino",
             "cann": "onnxruntime-cann"}  # fmt: skip
 WITH_DEVICE_ID = "cuda", "tensorrt", "cann"
-OTHER_FORMATS = {".om": "is for ais_bench", ".pth": "export it first, with intrada_pth2onnx.py"}
+OTHER_FORMATS = {
+    ".om": "run it with `python3 -m ais_bench`, or pass the .onnx",
+    ".pth": "export it first, with intrada_pth2onnx.py",
+}
 
 # Set by torchrun, and by other launchers; without all of them this is the only process.
 RANKS = {name: int(os.environ.get(name) or -1) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -294,8 +297,8 @@ def describe_run(summary: dict, inputs: list[Path], todo: list[Path], args: argp
 
 def known_provider(name: str) -> str:
     if name not in PROVIDERS:
-        remedy = f"; uninstall it and install {PACKAGES[name]}" if name in PACKAGES else ""
-        raise argparse.ArgumentTypeError(f"this onnxruntime has {', '.join(PROVIDERS)}{remedy}")
+        remedy = f"; pip3 uninstall onnxruntime, then pip3 install {PACKAGES[name]}" if name in PACKAGES else ""
+        raise argparse.ArgumentTypeError(f"this onnxruntime supports only {', '.join(PROVIDERS)}{remedy}")
     return name
 
 

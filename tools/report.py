@@ -346,9 +346,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write one self-contained HTML page about results.")
     add = parser.add_argument
     add("metrics", metavar="METRICS.json", nargs="+", type=Path, help="of intrada_postprocess.py --json, one per run")
-    add("--data", metavar="DATA_DIR", type=Path, help="Cityscapes (default: where METRICS.json says)")
+    add("--data", metavar="DATA_DIR", type=Path, help="Cityscapes (default: as recorded)")
     add("--labels", metavar="DIR", nargs="+", type=Path, default=[],
-        help="label maps, a folder per METRICS.json, after these in their order (default: where they say)")  # fmt: skip
+        help="label map folders, after and in the order of METRICS.json (default: as recorded)")  # fmt: skip
     add("--output", metavar="FILE", type=Path, default=Path("report.html"), help="page to write (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.metrics):

@@ -86,7 +86,7 @@ def find_images(paths: list[Path], output: Path) -> list[Source]:
     """
     others = [str(p) for p in (walk(output, set()) if is_there(output) else []) if not OUR_NAMES.fullmatch(p.name)]
     if others:
-        raise InputError(f"{output}: holds what may be images of yours; pass another --output: {first_five(others)}")
+        raise InputError(f"{output}: has files that may be your images; pass another --output: {first_five(others)}")
     visited, found = {output.resolve()}, []
     for path in [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]:
         folder = path if path.is_dir() else path.parent
@@ -259,7 +259,7 @@ def segment(images: list[Source], args: argparse.Namespace, stop: threading.Even
     write_shares(args.output, shares)  # before any work, since OUTPUT may be read-only
     if args.skip_done:
         done = {i for i in images if i.name in shares and is_there(i.overlay) and is_there(i.color)}
-        print(f"images left out, whose results are there: {len(done)}")
+        print(f"skipped, already done: {len(done)}")
         images = [image for image in images if image not in done]
     size = CPU_GROUP if args.model.suffix == ".onnx" and args.provider == "cpu" else GROUP
     starts = [0, *range(CPU_GROUP, len(images), size)]  # the first group is small, and tells of a wrong model
@@ -286,11 +286,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Segment any images and draw the prediction over them.")
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help=".onnx (any host) or .om of batch size 1 (Ascend)")
-    add("images", metavar="IMAGE_OR_FOLDER", type=Path, nargs="+", help="images, or folders with images below")
-    add("--output", metavar="DIR", type=Path, required=True, help="folder to write to; holds no other images")
-    add("--skip_done", action="store_true", help="leave out images whose results are there")
+    add("images", metavar="IMAGE_OR_FOLDER", type=Path, nargs="+", help="images, or folders, searched recursively")
+    add("--output", metavar="DIR", type=Path, required=True, help="folder to write to; without other images")
+    add("--skip_done", action="store_true", help="skip images that have results")
     add("--device", metavar="ID", type=int, default=0, help="device of ais_bench or provider (default: %(default)s)")
-    add("--provider", default="cpu", help="of tools/infer.py, for an .onnx (default: %(default)s)")
+    add("--provider", default="cpu", help="execution provider for an .onnx (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.model.suffix not in (".onnx", ".om"):
         parser.error("MODEL must be an .onnx or an .om")
