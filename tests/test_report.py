@@ -538,8 +538,7 @@ def make_full_page(folder: Path) -> str:
     return (folder / "page.html").as_uri()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
 def test_a_browser_shows_the_page_whole_and_requests_nothing_else(folder, chromium, width, scheme):
     address = make_full_page(folder)
     set_screen(chromium, width, scheme)
