@@ -130,12 +130,6 @@ def test_the_trio_imports_nothing_of_ours_and_a_tool_no_tool(script):
     assert ("torch" in imports_of(script)) == (script == "intrada_pth2onnx.py")
 
 
-@pytest.mark.parametrize("script", TOOLS)
-def test_a_tool_starts_from_any_folder(script):
-    command = [sys.executable, Path(script).name, "--help"]
-    subprocess.run(command, cwd=(ROOT / script).parent, check=True, stdout=subprocess.DEVNULL)
-
-
 def test_facts_that_two_scripts_hold_are_equal():
     assert (intrada_preprocess.HEIGHT, intrada_preprocess.WIDTH) == (intrada_pth2onnx.HEIGHT, intrada_pth2onnx.WIDTH)
     logits_shape = intrada_pth2onnx.NUM_CLASSES, intrada_pth2onnx.LOGITS_HEIGHT, intrada_pth2onnx.LOGITS_WIDTH
