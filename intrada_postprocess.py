@@ -208,7 +208,7 @@ def read_summaries(folders: list[Path]) -> list[dict]:
     summaries, models = [], set()
     for path in [folder.with_name(f"{folder.name}_summary.json") for folder in folders]:
         summary = read_json(path)
-        if {"throughput", "NPU_compute_time", "args"} <= summary.keys():
+        if {"throughput", "NPU_compute_time"} <= summary.keys() and isinstance(summary.get("args"), list):
             date = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
             kept = {key: value for key, value in summary.items() if key != "filesinfo" and not key.endswith("_list")}
             summaries.append({"file": path.name, "date": date, **kept})

@@ -231,9 +231,9 @@ times = {"mean": 1000.0, "percentile(99%)": 1100.0}
         (["y.onnx", 1, 8], "y.onnx: no such file"),
         (["x.onnx", 1, "--input", "prep", "--data", "prep"], "prep/gtFine/val: no <city>/"),
         (["x.onnx", 1, *SCORED, "--split", "vla"], "data/gtFine/vla: no <city>/"),
-        (["x.onnx", 1, *SCORED, "--limit", 4], "prep: 5 frames, of 4 to score 0 are missing; preprocess with"),
-        (["x.onnx", 1, "--input", "prep", "--limit", 4], "prep: 5 frames, of 0 to score"),
-        (["x.onnx", 1, "--input", "other", "--data", "data"], "other: 1 frames, of 5 to score 5 are missing;"),
+        (["x.onnx", 1, *SCORED, "--limit", 4], "prep: frames: 5, to score: 4, missing: 0; preprocess with"),
+        (["x.onnx", 1, "--input", "prep", "--limit", 4], "prep: frames: 5, to score: 0"),
+        (["x.onnx", 1, "--input", "other", "--data", "data"], "other: frames: 1, to score: 5, missing: 5;"),
         (["x.onnx", 1, "--input", "data"], "data: no .bin"),
         (["x.onnx", 1, "--input", "prep", "--data", ""], "gtFine/val: no <city>/"),  # a variable that is not set
     ],

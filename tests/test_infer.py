@@ -230,6 +230,16 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_written(images,
     assert not Path("result").exists()
 
 
+@pytest.mark.parametrize(("provider", "settings"), [("cann", {"device_id": "3"}), ("openvino", {})])
+def test_only_providers_that_have_one_get_a_device_id(images, monkeypatch, provider, settings):
+    def show(*_: object, providers: list) -> None:
+        raise RuntimeError(providers)
+
+    monkeypatch.setitem(tool.PROVIDERS, provider, "X")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", show)  # no build has both
+    assert infer("--provider", provider, "--device", 3).endswith(f" cannot run it: {[('X', settings)]}")
+
+
 def test_a_missing_model_and_a_batch_beyond_memory_are_one_line(images):
     assert "none.onnx" in error_of(SCRIPT, "--model", "none.onnx")
     message = error_of(SCRIPT, "--model", "x.onnx", "--batchsize", 10**8)

@@ -21,6 +21,9 @@ from tools import report
 FRAMES = [f"ulm_000000_{n:06}" for n in range(4)]
 
 
+ARGS_7 = '{"throughput": 1, "NPU_compute_time": {}, "args": 7}'
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """The current folder: x.onnx, x_bs1.om, prep/ and data/ of four frames."""
@@ -133,7 +136,7 @@ def test_devices_of_several_models_are_refused(folder, first):
     assert "results of several models" in refusal(postprocess, "data", "result/r")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"throughput": NaN}', '{"filesinfo": {}}'])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"throughput": NaN}', '{"filesinfo": {}}', ARGS_7])
 def test_a_missing_or_damaged_summary_is_left_out_with_a_warning(folder, capsys, content):
     infer("r")
     path = Path("result/r_summary.json")

@@ -119,7 +119,7 @@ def check_files(args: argparse.Namespace) -> list[str]:
     frames = list(find_labels(args.data, args.split))[: args.limit] if args.data else []
     lacking = [frame for frame in frames if f"{frame}_leftImg8bit" not in stems]
     if lacking or (args.limit and len(stems) > args.limit):
-        problem = f"{len(stems)} frames, of {len(frames)} to score {len(lacking)} are missing"
+        problem = f"frames: {len(stems)}, to score: {len(frames)}, missing: {len(lacking)}"
         raise InputError(f"{args.input}: {problem}; preprocess with the same --split and --limit")
     taken = [name for batch_size in args.batch_sizes for name in find_results(args.output / f"bs{batch_size}")]
     if taken:

@@ -138,7 +138,7 @@ def main() -> None:
     folder = make_folder(Path(args.output), args.output_dirname) if args.output else None
     devices = args.device.split(",")
     for n, device in enumerate(devices):
-        # several devices split the frames, in newer builds only if they are told to
+        # several devices split the frames, in newer builds only with --divide_input 1
         share = inputs[n * len(inputs) // len(devices) : (n + 1) * len(inputs) // len(devices)]
         share = inputs if FORM >= NEW and not args.divide_input else share
         groups = group_inputs(share, model_bytes) if share else [[]]
