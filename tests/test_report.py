@@ -420,7 +420,7 @@ def test_a_record_moved_elsewhere_is_told_where_its_images_are(folder, capsys):
     for name in ("leftImg8bit", "gtFine", "labels"):
         Path(name).rename(f"moved/{name}")
     assert not make_page(folder).images("image")
-    assert f"warning: no images: {folder}/leftImg8bit/val: No such file or directory; pass" in capsys.readouterr().err
+    assert f"No such file or directory: '{folder}/leftImg8bit/val'; pass --data and --labels" in capsys.readouterr().err
     assert len(make_page(folder, "--data", "moved", "--labels", "moved/labels").images("image")) == 7
     change(folder, "m.json", data_dir="moved")
     assert refusal(report, "m.json", "--labels", "none").startswith("none: No such file")

@@ -34,24 +34,23 @@ from intrada_postprocess import (
     IMAGE_ENDING,
     LABEL_ENDING,
     LABEL_IDS,
+    LABEL_MAP_ENDING,
     NAMES,
+    PUBLISHED_FPS,
+    PUBLISHED_MIOU,
     InputError,
     count_cpus,
     count_pixels,
-    explain,
     find_by_frame,
     first_five,
     list_folder,
     mean_iou,
+    percent,
     read_label,
     read_png,
     run_script,
     warn,
 )
-
-# Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA: Cityscapes val, frames/s on 310P3.
-PUBLISHED_MIOU = 0.4701
-PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
 
 # More train ids, for the maps of errors and of changes.
 IGNORED, CORRECT, FIXED, BROKEN, WRONG = range(len(CLASSES), len(CLASSES) + 5)
@@ -133,11 +132,7 @@ def describe_summaries(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def join_runs(runs: list[dict[str, Any]]) -> None:
-    """Name each run by its file, and add to each frame of the first run its mIoU in every run.
-
-    Raises:
-        InputError: a run is of other frames or other ground truth than the first.
-    """
+    """Name each run by its file, and add to each frame of the first its mIoU in every run; or InputError."""
     first, stems = runs[0], Counter(run["path"].stem for run in runs)
     by_frame = [{row["frame"]: row["miou"] for row in run["per_frame"]} for run in runs]
     for run, mious in zip(runs, by_frame):
@@ -160,11 +155,12 @@ def find_frames(runs: list[dict[str, Any]], data_dir: Path) -> list[dict[str, An
     """
     if not runs[0]["label_maps"]:
         raise InputError(f"{runs[0]['path']}: scored without --save_labels; pass --labels")
-    split, ending = runs[0]["split"], "_predicted_labelIds.png"
+    split = runs[0]["split"]
     image_dir, label_dir = data_dir / "leftImg8bit" / split, data_dir / "gtFine" / split
     found = {image_dir: find_by_frame(image_dir, IMAGE_ENDING), label_dir: find_by_frame(label_dir, LABEL_ENDING)}
     maps = {n: run["label_maps"] for n, run in enumerate(runs) if run["label_maps"]}
-    found.update({d: {path.name[: -len(ending)]: path for path in list_folder(d)} for d in maps.values()})
+    for folder in maps.values():
+        found[folder] = {path.name[: -len(LABEL_MAP_ENDING)]: path for path in list_folder(folder)}
     rows = {row["frame"]: row for row in runs[0]["per_frame"]}
     missing = [f"{name} in {folder}" for name in rows for folder in found if name not in found[folder]]
     if missing:
@@ -184,8 +180,8 @@ def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """
     label = read_label(frame["label"])
     truth = TRAIN_ID_OF[label]
-    predictions = {n: read_prediction(path, label, frame["mious"][n]) for n, path in frame["label_maps"].items()}
-    prediction = predictions.pop(0)
+    read = {n: read_prediction(path, label, frame["mious"][n]) for n, path in frame["label_maps"].items()}
+    prediction, confusion = read.pop(0)
     image = read_png(frame["image"], "RGB").resize(size, Image.BOX)
     errors = np.where((prediction == truth) & (truth != IGNORED), np.uint8(CORRECT), truth)
     images = {
@@ -197,18 +193,18 @@ def draw_frame(frame: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     captions = {}
     if size == LARGE:
         images["overlay"] = Image.blend(image, images["prediction"].convert("RGB"), 0.5)
-        for n, later in predictions.items():
+        for n, (later, _) in read.items():
             changes, captions[f"changes in run {n + 1}"] = compare_predictions(truth, prediction, later)
             images[f"prediction of run {n + 1}"] = paint(later, size)
             images[f"changes in run {n + 1}"] = paint(changes, size)
-    confusion = count_pixels(label, prediction)
-    shares = confusion / max(confusion.sum(), 1)
-    panels = [(title, to_data_uri(drawn), *size, captions.get(title)) for title, drawn in images.items()]
     return {
         **frame,
-        "is_large": size == LARGE,
-        "panels": panels,
-        "confusions": find_confusions(shares, FRAME_CONFUSIONS),
+        "size": size,
+        "panels": [
+            {"title": title, "source": to_data_uri(drawn), "caption": captions.get(title)}
+            for title, drawn in images.items()
+        ],
+        "confusions": find_confusions(confusion / max(confusion.sum(), 1), FRAME_CONFUSIONS),
     }
 
 
@@ -221,22 +217,17 @@ def compare_predictions(truth: np.ndarray, earlier: np.ndarray, later: np.ndarra
     return changes, ", ".join(f"{name} {percent(shares[n])} %" for name, n in CHANGES.items())
 
 
-def read_prediction(path: Path, label: np.ndarray, miou: float | None) -> np.ndarray:
-    """Read a label map as (H, W) uint8 train ids.
-
-    Raises:
-        InputError: it is damaged, or not the one that has this mIoU.
-    """
+def read_prediction(path: Path, label: np.ndarray, miou: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Read a label map as (H, W) uint8 train ids, and count its pixels, (19, 19); InputError if it has another mIoU."""
     label_map = read_label(path)
     if label.shape != label_map.shape:
         raise InputError(f"{path}: found {label_map.shape}, expected its label's {label.shape}")
     prediction = TRAIN_ID_OF[label_map]
-    found, expected = (
-        np.nan if value is None else value for value in (mean_iou(count_pixels(label, prediction)), miou)
-    )
+    confusion = count_pixels(label, prediction)
+    found, expected = (np.nan if value is None else value for value in (mean_iou(confusion), miou))
     if not np.isclose(found, expected, rtol=0, atol=1e-9, equal_nan=True):
         raise InputError(f"{path}: not the prediction of these metrics; score the run again")
-    return prediction
+    return prediction, confusion
 
 
 def paint(train_ids: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -267,7 +258,7 @@ def draw_frames(runs: list[dict[str, Any]], args: argparse.Namespace) -> list[di
     except (InputError, OSError) as error:
         if args.data or args.labels:
             raise
-        warn(f"no images: {explain(error)}; pass --data and --labels if they are elsewhere now")
+        warn(f"no images: {error}; pass --data and --labels if they are elsewhere now")
         return []
 
 
@@ -309,12 +300,6 @@ def count_frames(run: dict[str, Any]) -> list[list[str]]:
     return [[row["frame"] for row in rows if min(int(20 * row["miou"]), 19) == n] for n in range(20)]
 
 
-def percent(fraction: float | None, sign: str = "", digits: int = 2) -> str:
-    """Format a fraction as percent, or a dash if there is none; + 0 removes the sign of -0."""
-    missing = fraction is None or np.isnan(fraction)
-    return "-" if missing else f"{round(100 * fraction, digits) + 0:{sign}.{digits}f}"
-
-
 def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
     """Fill the page in; everything from files is escaped."""
     loader = jinja2.FileSystemLoader(str(Path(__file__).parent))
@@ -324,7 +309,7 @@ def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
     with np.errstate(invalid="ignore"):
         shares = np.nan_to_num(first["confusion"] / first["confusion"].sum(axis=1, keepdims=True))
     speeds = [(run["name"], run["ran"]) for run in runs if run["ran"]]
-    return environment.get_template("report.html").render(
+    return environment.get_template("report.html.jinja").render(
         first=first,
         runs=runs,
         speeds=sorted(speeds, key=lambda speed: speed[1]["batch size"]),
@@ -337,8 +322,8 @@ def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
         confusions=find_confusions(shares, RUN_CONFUSIONS),
         matrix=list(zip(NAMES, shares)),
         bins=count_frames(first),
-        large=[frame for frame in frames if frame["is_large"]],
-        small=[frame for frame in frames if not frame["is_large"]],
+        large=[frame for frame in frames if frame["size"] == LARGE],
+        small=[frame for frame in frames if frame["size"] != LARGE],
     )
 
 
