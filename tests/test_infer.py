@@ -340,9 +340,18 @@ def test_wrong_usage_exits_2(images):
 
 
 def test_the_ranks_of_a_host_share_its_cpus(monkeypatch):
-    monkeypatch.setattr(tool, "IS_RANK", True)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert tool.parse_args(["--model", "x.onnx"]).threads == max(1, intrada_postprocess.count_cpus() // 2)
+
+
+@pytest.mark.parametrize("ranks", ["x 2 0 1", "0 0 0 1", "5 2 0 1", "-1 2 0 1", "0 2 x 1", "0 2 0 0"])
+def test_ranks_that_do_not_fit_are_wrong_usage(images, monkeypatch, capsys, ranks):
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), ranks.split()):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="2"):
+        infer()
+    assert f"no rank of a launcher: RANK={ranks.split()[0]} WORLD_SIZE=" in capsys.readouterr().err
 
 
 def test_rank_alone_is_one_process(images):

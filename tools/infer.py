@@ -61,11 +61,6 @@ OTHER_FORMATS = {
     ".pth": "export it first, with intrada_pth2onnx.py",
 }
 
-# Set by torchrun, and by other launchers; without all of them this is the only process.
-RANKS = {name: int(os.environ.get(name) or -1) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-IS_RANK = min(RANKS.values()) >= 0
-RANK, WORLD_SIZE, LOCAL_RANK = RANKS.values() if IS_RANK else (0, 1, 0)
-
 
 def load_model(path: Path, provider: str, device: int, threads: int) -> tuple[onnxruntime.InferenceSession, str]:
     """Load a model into an execution provider; one that would leave part of it to the CPU is refused.
@@ -110,19 +105,14 @@ def one_line(error: Exception) -> str:
 
 
 def find_inputs(folder: Path) -> list[Path]:
-    """Find the files of --input, sorted.
-
-    Raises:
-        InputError: there are none, or one does not hold exactly one frame.
-    """
+    """Find the files of --input, sorted; InputError if there are none, or one is not exactly one frame."""
     paths = [path for path in list_folder(folder) if path.suffix == ".bin"]
     if not paths:
         raise InputError(f"{folder}: no .bin; --input is what intrada_preprocess.py wrote")
     wrong = [path.name for path in paths if path.stat().st_size != IMAGE_BYTES]
     if wrong:
-        raise InputError(
-            f"{folder}: {len(wrong)} of {len(paths)} files are not {IMAGE_BYTES} bytes: {first_five(wrong)}"
-        )
+        counts = f"{len(wrong)} of {len(paths)} files"
+        raise InputError(f"{folder}: {counts} are not {IMAGE_BYTES} bytes: {first_five(wrong)}")
     return paths
 
 
@@ -211,11 +201,7 @@ def read_group(group: list[Path], batch: int) -> np.ndarray:
 
 
 def run_model(session: onnxruntime.InferenceSession, images: np.ndarray) -> tuple[list[np.ndarray], float]:
-    """Compute the outputs of a batch, and the milliseconds that this took.
-
-    Raises:
-        InputError: onnxruntime failed, as when memory runs out.
-    """
+    """Compute a batch's outputs and the milliseconds this took; InputError if onnxruntime fails."""
     start = time.perf_counter()
     try:
         outputs = session.run(None, {session.get_inputs()[0].name: images})
@@ -234,7 +220,7 @@ def infer(
     """
     times_ms = []
     total = args.warmup_count + len(groups) * args.loop
-    with tqdm(total=total, unit="batch", disable=RANK > 0 or None) as bar:
+    with tqdm(total=total, unit="batch", disable=bool(args.rank) or None) as bar:
         for _ in range(args.warmup_count):
             run_model(session, read_group(ZEROS, args.batchsize))
             bar.update()
@@ -283,7 +269,7 @@ def summarise(groups: list[list[Path]], times_ms: list[float], elapsed_s: float,
 
 def describe_run(summary: dict, inputs: list[Path], todo: list[Path], args: argparse.Namespace) -> str:
     """Describe in one line what was done, how fast, and where the results are."""
-    line = f"rank {RANK} of {WORLD_SIZE}: " if IS_RANK else ""
+    line = "" if args.rank is None else f"rank {args.rank} of {args.ranks}: "
     line += f"provider {args.provider}, "
     if args.input:
         line += f"frames: {len(inputs)} ({len(todo)} inferred, {len(inputs) - len(todo)} kept)"
@@ -302,6 +288,18 @@ def known_provider(name: str) -> str:
     return name
 
 
+def read_ranks(parser: argparse.ArgumentParser) -> tuple[int | None, int | None, int, int]:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun sets them; without the first three none."""
+    settings = {name: os.environ.get(name) or "" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not all(settings.values()):
+        return None, None, 0, 1
+    settings["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    numbers = [int(text) if text.isdecimal() else -1 for text in settings.values()]
+    if not (0 <= numbers[0] < numbers[1] and numbers[2] >= 0 and numbers[3] > 0):
+        parser.error(f"no rank of a launcher: {' '.join(map('='.join, settings.items()))}")
+    return tuple(numbers)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Infer with ONNX Runtime on any host, with ais_bench's options and file names."
@@ -317,22 +315,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", metavar="ID", type=int, default=0, help="device of the provider (default: %(default)s)")
     add("--provider", type=known_provider, default="cpu",
         help=f"execution provider: {', '.join(PROVIDERS)} (default: %(default)s)")  # fmt: skip
-    cpus = max(1, count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if IS_RANK else count_cpus()
-    add("--threads", metavar="N", type=at_least_one, default=cpus, help="threads per run (default: one per CPU)")
+    add("--threads", metavar="N", type=at_least_one, help="threads per run (default: one per CPU)")
     add("--overwrite", action="store_true", help="remove the results in the folder and infer every frame again")
     args = parser.parse_args(argv)
+    args.rank, args.ranks, local_rank, local_ranks = read_ranks(parser)
+    args.device += local_rank
+    args.threads = args.threads or max(1, count_cpus() // local_ranks)
     if args.model.suffix in OTHER_FORMATS:
         parser.error(f"{args.model}: {OTHER_FORMATS[args.model.suffix]}")
     if args.output_dirname and not args.output:
         parser.error("--output_dirname needs --output")
     if args.output and not args.output_dirname:
-        if IS_RANK:
+        if args.rank is not None:
             parser.error("--output_dirname is required under torchrun")
         args.output_dirname = time.strftime("%Y_%m_%d-%H_%M_%S")
     if args.warmup_count is None:
         args.warmup_count = int(args.provider != "cpu")
-    args.device += LOCAL_RANK
-    args.folder = args.output and args.output / args.output_dirname / (f"device{RANK}" if IS_RANK else "")
+    device = "" if args.rank is None else f"device{args.rank}"
+    args.folder = args.output and args.output / args.output_dirname / device
     if args.input and args.folder and args.folder.resolve() == args.input.resolve():
         parser.error(f"{args.folder}: is --input; pass another --output_dirname")
     return args
@@ -341,7 +341,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     session, model_sha256 = load_model(args.model, args.provider, args.device, args.threads)
-    inputs = find_inputs(args.input)[RANK::WORLD_SIZE] if args.input else []
+    inputs = find_inputs(args.input)[args.rank :: args.ranks] if args.input else []
     todo, note = inputs, {}
     if args.folder:
         note = {"model_sha256": model_sha256, "provider": args.provider, "inputs_sha256": digest_inputs(inputs)}
