@@ -61,7 +61,7 @@ def test_the_table_of_an_ascend_host(folder):
     one, four = rows_of(done)
     assert one[:6] == ["1", "5", miou_of("bench/x/bs1"), "1.00", "1000.00", "1100.00"]
     assert four[:6] == ["4", "5", one[2], "4.00", "1000.00", "1100.00"]
-    assert (one[7:], four[7:]) == (["47.52", ""], ["43.64", "best"])
+    assert (one[7:], four[7:]) == (["47.52"], ["43.64"])
     assert float(one[6]) > 0
     assert commands_of(done) == benchmark("x", *SCORED, 1, 4, "--dry_run").stdout.splitlines()
     tools = [re.search("ais_bench.* --(input|loop)|intrada_postprocess", command)[0] for command in commands_of(done)]
@@ -73,7 +73,7 @@ def test_the_table_of_an_ascend_host(folder):
 
 def test_the_report_s_command_below_the_table_can_be_pasted(folder):
     done = benchmark("x", 1, 4, *SCORED)
-    subprocess.run(done.stdout.splitlines()[-1], shell=True, check=True, env=ascend_environment())
+    subprocess.run(done.stdout.splitlines()[-2], shell=True, check=True, env=ascend_environment())
     page = Path("bench/x/report.html").read_text()
     assert "<h3>bs1_metrics</h3>" in page and "x_bs4.om" in page
 
@@ -81,7 +81,7 @@ def test_the_report_s_command_below_the_table_can_be_pasted(folder):
 @pytest.mark.parametrize("form", ["old", "new"])
 def test_earlier_builds_give_the_same_table(folder, form):
     (row,) = rows_of(benchmark("x", 4, "--input", "prep", form=form))
-    assert [*row[:6], *row[7:]] == ["4", "5", "-", "4.00", "1000.00", "1100.00", "43.64", "best"]
+    assert [*row[:6], *row[7:]] == ["4", "5", "-", "4.00", "1000.00", "1100.00", "43.64"]
 
 
 def test_the_same_table_without_an_npu_and_its_published_figures(folder):
@@ -92,7 +92,7 @@ def test_the_same_table_without_an_npu_and_its_published_figures(folder):
     summary = json.loads(Path("bench/x.onnx/bs4_summary.json").read_text())
     assert summary["NPU_compute_time"]["count"] == 2  # measured in the inference of the frames
     assert four[3] == f"{summary['throughput']:.2f}"
-    assert sorted(row[7:] for row in (one, four)) == [[""], ["best"]]
+    assert one[7:] == four[7:] == []
 
 
 def test_the_first_frames_of_another_split_are_scored(folder):
@@ -109,7 +109,7 @@ def test_speed_alone_is_that_of_runs_on_zeros(folder):
     assert summary["NPU_compute_time"]["count"] == 3
     assert rows_of(done)[0][:4] == ["1", "-", "-", f"{summary['throughput']:.2f}"]
     assert "frames/s: of 3 runs on zeros" in done.stdout
-    assert rows_of(benchmark("x", 1)) == [["1", "-", "-", "1.00", "1000.00", "1100.00", "-", "47.52", "best"]]
+    assert rows_of(benchmark("x", 1)) == [["1", "-", "-", "1.00", "1000.00", "1100.00", "-", "47.52"]]
 
 
 def contents() -> dict[Path, bytes]:
@@ -130,9 +130,8 @@ def test_nothing_is_removed_or_overwritten_and_the_tables_add_up(folder):
         assert contents() == before
     done = benchmark("x.onnx", 4, *SCORED, "--output", "out")
     assert before.items() - {(Path("out/table.md"), before[Path("out/table.md")])} <= contents().items()
-    title, table = Path("out/table.md").read_text()[len("an earlier table\n\n") :].split("\n", 1)
-    assert re.fullmatch(r"## \d{4}-\d\d-\d\d \d\d:\d\d, x.onnx", title)
-    assert table.strip() == done.stdout.strip()
+    assert Path("out/table.md").read_text() == f"an earlier table\n\n{done.stdout}"
+    assert re.fullmatch(r"## \d{4}-\d\d-\d\d \d\d:\d\d, x.onnx", done.stdout.splitlines()[0])
     message = refusal(tool, "y.onnx", 4, "--output", "out")
     assert message.startswith("out: has bs4, bs4_summary.json, bs4_metrics.json; ")
     with Path("out/table.md").open("a") as file:
@@ -149,9 +148,9 @@ def test_what_a_failed_run_left_is_no_obstacle(folder):
     for path in [*Path("bench/y.onnx/bs1").iterdir(), Path("bench/y.onnx/bs1_summary.json")]:  # as if ended before
         path.unlink()
     save_small_model(Path("y.onnx"), seed=1)
-    assert rows_of(benchmark("y.onnx", 1, "--loop", 1))[0][-1] == "best"
+    assert float(rows_of(benchmark("y.onnx", 1, "--loop", 1))[0][3]) > 0
     Path("bench/y.onnx/bs1_summary.json").unlink()
-    assert rows_of(benchmark("y.onnx", 1, "--input", "prep"))[0][-1] == "best"
+    assert rows_of(benchmark("y.onnx", 1, "--input", "prep"))[0][1] == "5"
 
 
 def test_ais_bench_and_infer_leave_the_same_files(folder):
@@ -172,9 +171,9 @@ def test_a_batch_size_that_fails_is_a_row_with_its_reason_below_and_the_others_g
     Path("x_bs4.om").write_text("no model")
     done = benchmark("x", 4, 1, "--input", "prep", status=1)
     four, one = rows_of(done)
-    assert four == ["4", "-", "-", "-", "-", "-", "-", "43.64", "FAILED"]
-    assert (one[:2], one[-1]) == (["1", "5"], "best")
-    assert re.match("batch size 4: .*ais_bench.*status 1", done.stdout.splitlines()[-1])
+    assert four == ["4", "-", "-", "FAILED", "-", "-", "-", "43.64"]
+    assert one[:2] == ["1", "5"]
+    assert re.match("batch size 4: .*ais_bench.*status 1", done.stdout.splitlines()[-2])
 
 
 def test_a_truncated_summary_and_an_ais_bench_that_writes_nothing_fail_their_rows(folder):
@@ -182,14 +181,14 @@ def test_a_truncated_summary_and_an_ais_bench_that_writes_nothing_fail_their_row
     assert "batch size 1: bench/x/bs1_summary.json: not a complete summary: " in done.stdout
     Path("ais_bench.py").write_text("print('--model')")
     done = run(SCRIPT, "x", 4, "--input", "prep", status=1, env={**os.environ, "PYTHONPATH": "."})
-    assert done.stdout.splitlines()[-1] == "batch size 4: bench/x/bs4: No such file or directory"
+    assert done.stdout.splitlines()[-2] == "batch size 4: [Errno 2] No such file or directory: 'bench/x/bs4'"
     Path("x4").mkdir()
     for frame in FRAMES[1:]:
         Path(f"x4/{frame}_leftImg8bit_0.bin").touch()
         Path(f"x4/{frame}_leftImg8bit_1.bin").touch()
     Path("ais_bench.py").write_text("import os; os.renames('x4', 'bench/x/bs4')")  # without the first frame
     done = run(SCRIPT, "x", 4, "--input", "prep", status=1, env={**os.environ, "PYTHONPATH": "."})
-    assert done.stdout.splitlines()[-1] == f"batch size 4: 1 of 5 frames lack an output: {FRAMES[0]}_leftImg8bit"
+    assert done.stdout.splitlines()[-2] == f"batch size 4: 1 of 5 frames lack an output: {FRAMES[0]}_leftImg8bit"
     Path("x_bs16.om").touch()
     Path("ais_bench.py").unlink()
     assert "No module named ais_bench" in run(SCRIPT, "x", 16, status=1).stderr
@@ -208,8 +207,9 @@ def test_a_signal_ends_the_inference_too_and_loses_no_row(folder, number):
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == -number
     assert b"Traceback" not in stderr
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(Path("pid").read_text()), 0)
+    status = Path("/proc", Path("pid").read_text(), "status")
+    while status.exists() and "zombie" not in status.read_text():  # until the container's first process collects it
+        time.sleep(0.02)
     assert [line.split()[1] for line in Path("bench/x/table.md").read_text().splitlines()[4:5]] == ["1"]
 
 
@@ -218,7 +218,7 @@ folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
 if "--batchsize 4" in " ".join(sys.argv):
     pathlib.Path("pid.part").write_text(str(os.getpid()))
     pathlib.Path("pid.part").rename("pid")
-    time.sleep(60)
+    time.sleep(600)
 times = {"mean": 1000.0, "percentile(99%)": 1100.0}
 (folder / "bs1_summary.json").write_text(json.dumps({"throughput": 1.0, "NPU_compute_time": times}))
 """

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +30,9 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))
 from intrada_postprocess import (
+    PUBLISHED_FPS,
     InputError,
     at_least_one,
-    explain,
     find_labels,
     find_logits,
     first_five,
@@ -42,10 +43,10 @@ from intrada_postprocess import (
 )
 
 BATCH_SIZES = 1, 4, 8, 16, 32, 64
-# Frames/s on 310P3, of runs on zeros. Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
-PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
 PUBLISHED = "published, 310P3"
 COLUMNS = "batch size", "frames", "mIoU %", "frames/s", "ms a batch", "p99 ms", "whole run"
+LAUNCHER = "RANK", "WORLD_SIZE", "LOCAL_RANK"  # with which tools/infer.py would take a part of the frames
+WIDTH = 8  # of a column, at least
 LAST_LINES = 5  # of a failed command
 
 
@@ -83,23 +84,34 @@ def format_command(command: list[str]) -> str:
 
 
 def run_command(command: list[str], log: Path) -> float:
-    """Run a command, what it prints on stdout added to a log, and return its seconds.
-
-    Raises:
-        InputError: its exit status is not 0; its last lines are shown.
-    """
+    """Run a command, its stdout added to a log, and return its seconds; InputError if it fails."""
     print("+", format_command(command), file=sys.stderr, flush=True)
     start = time.perf_counter()
-    environment = {**os.environ, "RANK": "-1"}  # as a rank of torchrun, tools/infer.py would take a part of the frames
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment)
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
+        end_with(child)
+        stdout = child.stdout.read()
     seconds = time.perf_counter() - start
     with log.open("ab") as file:
-        file.write(f"+ {format_command(command)}\n".encode("utf-8", "backslashreplace") + done.stdout)
-    if done.returncode:
-        sys.stderr.write("\n".join([*done.stdout.decode(errors="replace").splitlines()[-LAST_LINES:], ""]))
+        file.write(f"+ {format_command(command)}\n".encode("utf-8", "backslashreplace") + stdout)
+    if child.returncode:
+        sys.stderr.write("\n".join([*stdout.decode(errors="replace").splitlines()[-LAST_LINES:], ""]))
         name = command[2] if command[1] == "-m" else Path(command[1]).name
-        raise InputError(f"{name} ended with status {done.returncode}; see its messages above and {log}")
+        raise InputError(f"{name} ended with status {child.returncode}; see its messages above and {log}")
     return seconds
+
+
+def end_with(child: subprocess.Popen) -> None:
+    """Let a signal that ends this script end a command too."""
+
+    def end(number: int, _: object) -> None:
+        child.kill()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background set it
+            signal.signal(number, end)
 
 
 def check_files(args: argparse.Namespace) -> list[str]:
@@ -158,16 +170,12 @@ def measure(batch_size: int, commands: dict[str, list[str]], stems: list[str], a
             metrics = json.loads(Path(f"{results}_metrics.json").read_text(encoding="utf-8"))
             row.update({"frames": metrics["frames"], "mIoU %": 100 * metrics["miou"]})
     except (InputError, OSError) as error:  # the other batch sizes still run
-        row["failure"] = explain(error)
+        row.update({"frames/s": "FAILED", "failure": str(error)})
     return row
 
 
 def check_results(folder: Path, stems: list[str]) -> None:
-    """Check that every frame has both outputs; ais_bench's exit status does not show it.
-
-    Raises:
-        InputError: counts and names the frames that lack one.
-    """
+    """Raise InputError if a frame lacks an output; ais_bench's exit status does not show it."""
     found = find_logits(folder)
     missing = [stem for stem in stems if not {f"{stem}_0", f"{stem}_1"} <= found.keys()]
     if missing:
@@ -175,11 +183,7 @@ def check_results(folder: Path, stems: list[str]) -> None:
 
 
 def read_speed(path: Path) -> dict[str, float]:
-    """Read the figures from a summary of ais_bench or tools/infer.py.
-
-    Raises:
-        InputError: it is truncated.
-    """
+    """Read the figures from a summary of ais_bench or tools/infer.py; InputError if it is not complete."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         times = summary["NPU_compute_time"]
@@ -191,25 +195,16 @@ def read_speed(path: Path) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
-def format_table(rows: list[dict], args: argparse.Namespace) -> str:
-    """Format the rows as a Markdown table, padded for a terminal; failures and the report's command follow below."""
-    complete = [row for row in rows if "failure" not in row]
-    fastest = max(complete, key=lambda row: row["frames/s"], default=None)
-    columns = COLUMNS if is_onnx(args) else (*COLUMNS, PUBLISHED)  # on another chip it is no comparison
-    remarks = ["FAILED" if "failure" in row else "best" if row is fastest else "" for row in rows]
-    table = [[*columns, ""], *([*map(row.get, columns), remark] for row, remark in zip(rows, remarks))]
-    table = [[format_cell(value) for value in cells] for cells in table]
-    widths = [max(map(len, cells)) for cells in zip(*table)]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(cells, widths)) + " |" for cells in table]
-    lines.insert(1, "| " + " | ".join("-" * (max(width, 2) - 1) + ":" for width in widths) + " |")
-    measured = "of this inference" if args.input else f"of {args.loop} runs on zeros"
-    lines += ["", f"frames/s: {measured}" + ("" if is_onnx(args) else "; the published ones: of runs on zeros")]
-    lines += [f"batch size {row['batch size']}: {row['failure']}" for row in rows if "failure" in row]
-    scored = [str(args.output / f"bs{row['batch size']}_metrics.json") for row in complete if "mIoU %" in row]
-    if scored:
-        report = ["python3", str(Path(sys.argv[0]).with_name("report.py")), *scored]
-        lines += ["HTML report:", "", f"    {format_command([*report, '--output', str(args.output / 'report.html')])}"]
-    return "\n".join(lines)
+def format_head(columns: list[str]) -> str:
+    """Format the head of the Markdown table, padded for a terminal."""
+    widths = [max(len(column), WIDTH) for column in columns]
+    lines = [column.rjust(width) for column, width in zip(columns, widths)], [f"{'-' * (w - 1)}:" for w in widths]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def format_row(row: dict, columns: list[str]) -> str:
+    cells = [format_cell(row.get(column)).rjust(max(len(column), WIDTH)) for column in columns]
+    return f"| {' | '.join(cells)} |"
 
 
 def format_cell(value: object) -> str:
@@ -217,6 +212,25 @@ def format_cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def format_notes(rows: list[dict], args: argparse.Namespace) -> str:
+    """Format what follows the table: how it was measured, what failed, and the report's command."""
+    measured = "of this inference" if args.input else f"of {args.loop} runs on zeros"
+    lines = ["", f"frames/s: {measured}" + ("" if is_onnx(args) else "; the published ones: of runs on zeros")]
+    lines += [f"batch size {row['batch size']}: {row['failure']}" for row in rows if "failure" in row]
+    scored = [str(args.output / f"bs{row['batch size']}_metrics.json") for row in rows if "mIoU %" in row]
+    if scored:
+        report = ["python3", str(Path(sys.argv[0]).with_name("report.py")), *scored]
+        lines += ["HTML report:", "", f"    {format_command([*report, '--output', str(args.output / 'report.html')])}"]
+    return "\n".join(lines)
+
+
+def publish(text: str, path: Path) -> None:
+    """Print text, and append it to a file."""
+    print(text, flush=True)
+    with path.open("ab") as file:
+        file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -258,17 +272,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     stems = check_files(args)
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "table.md"
-    rows, section, title = [], b"", f"## {time.strftime('%Y-%m-%d %H:%M')}, {args.model}"
+    table = args.output / "table.md"
+    columns = [*COLUMNS] if is_onnx(args) else [*COLUMNS, PUBLISHED]  # on another chip it is no comparison
+    rows = []
+    publish(f"## {time.strftime('%Y-%m-%d %H:%M')}, {args.model}\n\n{format_head(columns)}", table)
     for batch_size, commands in plans.items():
         rows.append(measure(batch_size, commands, stems, args))
-        table = format_table(rows, args)  # written after every batch size, so that an interruption loses nothing
-        others = path.read_bytes().replace(section, b"") if is_there(path) else b""
-        section = f"{title}\n\n{table}\n\n".encode("utf-8", "backslashreplace")
-        path.write_bytes(others + section)
-    print(table)
+        publish(format_row(rows[-1], columns), table)
+    publish(f"{format_notes(rows, args)}\n", table)
     return int(any("failure" in row for row in rows))
 
 
 if __name__ == "__main__":
-    run_script(main, umask=0o027, unwind=True)  # the newest ais_bench rejects an output folder more open than 0750
+    run_script(main, umask=0o027)  # the newest ais_bench rejects an output folder more open than 0750
