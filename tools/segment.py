@@ -8,7 +8,7 @@
 
 <name> is the image's path below the given folder without its suffix, and with it where two images would share a name;
 of several paths, a folder's own name comes first. The model sees all images at 1024 x 512 and knows street scenes. What
-cannot be segmented is reported at the end, with exit status 1; --skip_done resumes. Temporary files are in TMPDIR.
+cannot be segmented is reported at the end, with exit status 1; --skip_done resumes.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -25,22 +25,21 @@ import io
 import mimetypes
 import os
 import re
-import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, TextIO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm.contrib.concurrent import thread_map
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, [*Path(__file__).resolve().parents][:2])
+from infer import load_model, one_line, run_model
 from intrada_postprocess import (
+    LOGITS_SHAPE,
     NAMES,
     PALETTE,
     InputError,
@@ -49,7 +48,6 @@ from intrada_postprocess import (
     is_there,
     list_folder,
     predict,
-    read_logits,
     run_script,
 )
 from intrada_preprocess import to_input
@@ -60,26 +58,14 @@ with contextlib.suppress(ImportError):
     register_heif_opener()
 
 mimetypes.types_map.update({".db": "Thumbs.db", ".ini": "desktop.ini"})
-CPU_GROUP, GROUP = 32, 256  # images; loading the model takes 1 s on a CPU, and longer than all else on other devices
 OUR_NAMES = re.compile(r"(.+_overlay\.jpg|.+_color\.png|shares\.csv)(\.part)?", re.DOTALL)
+ENDINGS = "overlay.jpg", "color.png"
 HEADER = ["image", *NAMES]
-UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # by EXIF's orientation  # fmt: skip
 SWATCH, ROW = 10, 16  # pixels of the legend, before it is enlarged
 
 
-class Source(NamedTuple):
-    """An image, its results, and a number for its temporary files, since ais_bench refuses most names."""
-
-    path: Path
-    name: str
-    overlay: Path
-    color: Path
-    number: str
-
-
-def find_images(paths: list[Path], output: Path) -> list[Source]:
-    """List the images, and those below folders, except what is in OUTPUT, and name their results.
+def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
+    """Find the images, and those below folders, except what is in OUTPUT, by the name of their results.
 
     Raises:
         InputError: there are none, two results would have the same name, or OUTPUT holds other images than results.
@@ -100,8 +86,7 @@ def find_images(paths: list[Path], output: Path) -> list[Source]:
     duplicates = [str(image) for (image, _), name in zip(found, names) if counts[name] > 1]
     if duplicates:
         raise InputError(f"images whose results would have the same name: {first_five(duplicates)}")
-    results = [(name, output / f"{name}_overlay.jpg", output / f"{name}_color.png") for name in names]
-    return [Source(image, *result, f"{n:05}") for n, ((image, _), result) in enumerate(zip(found, results))]
+    return {name: image for name, (image, _) in zip(names, found)}
 
 
 def walk(path: Path, visited: set[Path]) -> list[Path]:
@@ -114,66 +99,15 @@ def walk(path: Path, visited: set[Path]) -> list[Path]:
     return [file for file in files if (mimetypes.guess_type(file.name)[0] or "image/").startswith("image/")]
 
 
-def read_shares(output: Path) -> dict[str, list[str]]:
-    """Read the fractions of shares.csv by image; none if there is no such file."""
-    path = output / "shares.csv"
-    if not is_there(path):
-        return {}
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = list(csv.reader(file))
-    if rows[:1] != [HEADER]:
-        raise InputError(f"{path}: was not written by this script; pass another --output")
-    return {row[0]: row[1:] for row in rows[1:] if len(row) == len(HEADER)}
-
-
-def write_shares(output: Path, shares: dict[str, list[str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([HEADER, *([name, *shares[name]] for name in sorted(shares))])
-    write({output / "shares.csv": text.getvalue().encode("utf-8", "surrogateescape")})
-
-
-def write(contents: dict[Path, bytes]) -> None:
-    """Write files as `.part` and rename them, all or none."""
-    parts = {target: target.with_name(f"{target.name}.part") for target in contents}
-    try:
-        for target, part in parts.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(contents[target])
-        for target, part in parts.items():
-            part.replace(target)
-    except OSError as error:
-        for part in parts.values():
-            with contextlib.suppress(OSError):
-                part.unlink()
-        raise OSError(error.errno, error.strerror, str(target)) from None
-
-
-def for_all(step: functools.partial, images: list[Source], stop: threading.Event) -> dict[Source, str]:
-    """Do a step for every image in threads, until it is to stop; return the errors of those that failed."""
-
-    def attempt(image: Source) -> str | None:
-        try:
-            return "interrupted" if stop.is_set() else step(image)
-        except InputError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(min(4, count_cpus())) as pool:  # a photo of 24 megapixels takes 0.4 GB
-        return {image: error for image, error in zip(images, pool.map(attempt, images)) if error}
-
-
 def read_image(path: Path) -> Image.Image:
-    """Decode an image as RGB: upright, 16-bit gray scaled to 8, on white where it is transparent.
-
-    Raises:
-        InputError: it cannot be read, or would not look as it should.
-    """
+    """Decode an image as RGB: upright, 16-bit gray scaled to 8, on white where it is transparent; or InputError."""
     try:
         with Image.open(path) as image:
             if image.format == "TIFF" and path.suffix.lower() not in (".tif", ".tiff"):  # Pillow opens its thumbnail
                 raise ValueError("camera raw; convert it first")
             image.load()
-            with contextlib.suppress(Exception):  # it has no EXIF, or a damaged one
-                image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
+            with contextlib.suppress(Exception):  # a damaged EXIF
+                image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # convert would clip at 255
             values = np.asarray(image)
             if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -188,34 +122,47 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}{remedy}") from None
 
 
-def prepare(image: Source, folder: Path) -> None:
-    write({folder / f"{image.number}.bin": to_input(read_image(image.path))})
+# ---------------------------------------------------------------------------------------------------- the results
 
 
-def infer(images: list[Source], folder: Path, args: argparse.Namespace, bar: tqdm, stop: threading.Event) -> None:
-    """Run tools/infer.py or ais_bench, and kill it if it is to stop: <number>.bin -> logits/<number>_1.bin."""
-    is_om = args.model.suffix == ".om"
-    tool = ["-m", "ais_bench"] if is_om else [str(Path(__file__).with_name("infer.py")), "--provider", args.provider]
-    command = [sys.executable, *tool, "--model", str(args.model), "--batchsize", "1", "--device", str(args.device)]
-    command += ["--input", str(folder), "--output", str(folder), "--output_dirname", "logits"]
-    environment = {**os.environ, "RANK": "-1"}  # as a rank of torchrun, tools/infer.py would take a part of the images
-    log, before = folder / "log", bar.n
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as child:
-        while child.poll() is None and not stop.wait(0.1):
-            bar.update(before + len(list(folder.glob("logits/*_1.bin"))) - bar.n)
-        child.kill()  # if it has not ended
-    missing = [image for image in images if not is_there(folder / "logits" / f"{image.number}_1.bin")]
-    bar.update(before + len(images) - len(missing) - bar.n)
-    if child.returncode or missing:
-        last_lines = " | ".join(log.read_text(errors="replace").splitlines()[-5:]) or "no message; TMPDIR may be full"
-        problem = f"inference ended with status {child.returncode}, results missing: {len(missing)} of {len(images)}"
-        raise InputError(f"{args.model}: {problem}, in {folder}: {last_lines}")
+def tidy_shares(output: Path) -> dict[str, list[str]]:
+    """Read shares.csv, if it is there, and write it again: the last row of each image, sorted; return these by image.
+
+    Raises:
+        InputError: it was not written by this script.
+    """
+    path = output / "shares.csv"
+    content = path.read_bytes() if is_there(path) else to_lines(HEADER)
+    header, *rows = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
+    if header != HEADER:
+        raise InputError(f"{path}: was not written by this script; pass another --output")
+    complete = rows if content.endswith(b"\n") else rows[:-1]  # an interruption may cut the last one
+    shares = {row[0]: row for row in complete if len(row) == len(HEADER)}
+    write(path, to_lines(HEADER, *(shares[name] for name in sorted(shares))))
+    return shares
 
 
-def draw(image: Source, folder: Path, shares: dict[str, list[str]]) -> None:
-    """Write an image's overlay and color map, and note its shares."""
-    photo = read_image(image.path)
-    prediction = predict(read_logits(folder / "logits" / f"{image.number}_1.bin"), (photo.height, photo.width))
+def to_lines(*rows: list[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that is complete whenever it has its name."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def draw(photo: Image.Image, prediction: np.ndarray, target: str) -> np.ndarray:
+    """Write the overlay and the color map, and return the classes' fractions of the pixels."""
     color_map = Image.fromarray(prediction)
     fractions = np.array(color_map.histogram()[: len(NAMES)]) / prediction.size
     color_map.putpalette(PALETTE)
@@ -224,15 +171,11 @@ def draw(image: Source, folder: Path, shares: dict[str, list[str]]) -> None:
     overlay.paste(Image.blend(photo, color_map.convert("RGB"), 0.5))
     overlay.paste(legend, (0, photo.height))
     jpg, png = io.BytesIO(), io.BytesIO()  # to which Pillow writes whole, and to a full disk perhaps not
-    try:
-        overlay.save(jpg, "JPEG", quality=90)
-        color_map.save(png, "PNG", compress_level=1)
-        write({image.overlay: jpg.getvalue(), image.color: png.getvalue()})
-    except OSError as error:  # the name is too long, or a side above JPEG's 65500 pixels
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # which ends all
-            raise
-        raise InputError(f"{image.overlay}: {error.strerror or error}") from None
-    shares[image.name] = [f"{fraction:.9f}" for fraction in fractions]
+    overlay.save(jpg, "JPEG", quality=90)
+    color_map.save(png, "PNG", compress_level=1)
+    write(Path(f"{target}_overlay.jpg"), jpg.getvalue())
+    write(Path(f"{target}_color.png"), png.getvalue())
+    return fractions
 
 
 def draw_legend(shares: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -253,33 +196,64 @@ def draw_legend(shares: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return legend.resize((legend.width * factor, legend.height * factor), Image.NEAREST)
 
 
-def segment(images: list[Source], args: argparse.Namespace, stop: threading.Event) -> list[str]:
-    """Prepare, infer and draw group after group, until it is to stop; return what is wrong with which image."""
-    shares, errors, drawn = read_shares(args.output), {}, {}
-    write_shares(args.output, shares)  # before any work, since OUTPUT may be read-only
-    if args.skip_done:
-        done = {i for i in images if i.name in shares and is_there(i.overlay) and is_there(i.color)}
-        print(f"skipped, already done: {len(done)}")
-        images = [image for image in images if image not in done]
-    size = CPU_GROUP if args.model.suffix == ".onnx" and args.provider == "cpu" else GROUP
-    starts = [0, *range(CPU_GROUP, len(images), size)]  # the first group is small, and tells of a wrong model
+# ---------------------------------------------------------------------------------------------------- the run
+
+
+def load(args: argparse.Namespace) -> Callable[[np.ndarray], np.ndarray]:
+    """Load the model; return a function from an input, (3, 512, 1024), to its main logits, (19, 65, 129) float32."""
+    if args.model.suffix == ".onnx":
+        session, _ = load_model(args.model, args.provider, args.device, count_cpus())
+        return lambda input_chw: run_model(session, input_chw[None])[0][1][0]
+    from ais_bench.infer.interface import InferSession
+
+    session = InferSession(args.device, str(args.model))
+    return lambda input_chw: session.infer([input_chw[None]])[1].reshape(LOGITS_SHAPE).astype(np.float32, copy=False)
+
+
+def segment(name: str, path: Path, infer: Callable[[np.ndarray], np.ndarray], output: Path) -> str | None:
+    """Write an image's results, and its row of shares.csv last; return what is wrong with the image."""
     try:
-        with tqdm(total=len(images), unit="image", disable=None) as bar:
-            for group in [images[start:end] for start, end in zip(starts, [*starts[1:], None])]:
-                if stop.is_set():
-                    break
-                with tempfile.TemporaryDirectory(prefix="segment_") as name:
-                    folder = Path(name)
-                    errors.update(for_all(functools.partial(prepare, folder=folder), group, stop))
-                    readable = [image for image in group if image not in errors]
-                    bar.update(len(group) - len(readable))
-                    if readable:
-                        infer(readable, folder, args, bar, stop)
-                    errors.update(for_all(functools.partial(draw, folder=folder, shares=drawn), readable, stop))
-                write_shares(args.output, {**shares, **drawn})
-    finally:
-        print(f"overlays written to {args.output}: {len(drawn)}", flush=True)  # a signal ends the process without that
-    return list(errors.values())
+        photo = read_image(path)
+    except InputError as error:
+        return str(error)
+    logits = infer(to_input(photo))
+    if not np.isfinite(logits).all():
+        return f"{path}: NaN or Inf in its logits, typically an FP16 overflow"
+    try:
+        fractions = draw(photo, predict(logits, (photo.height, photo.width)), str(output / name))
+    except OSError as error:  # a name is too long, or a side above JPEG's 65500 pixels
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # ends all
+            raise
+        return f"{error.filename or f'{path}: overlay'}: {error.strerror or error}"
+    line = to_lines([name, *(f"{fraction:.9f}" for fraction in fractions)])
+    with (output / "shares.csv").open("ab", buffering=0) as file:
+        file.write(line)  # in one piece, whatever other threads write
+    return None
+
+
+def segment_all(images: dict[str, Path], args: argparse.Namespace) -> list[str]:
+    """Segment images in threads, and run the model in one of its own, as ais_bench requires; return what is wrong."""
+    with ThreadPoolExecutor(1) as model_thread:
+
+        def call(function: Callable, argument: object) -> Any:
+            try:
+                return model_thread.submit(function, argument).result()
+            except InputError:
+                raise
+            except Exception as error:  # ais_bench and what it imports raise nearly everything
+                raise InputError(f"{args.model}: {one_line(error)}") from None
+
+        segment_image = functools.partial(segment, infer=functools.partial(call, call(load, args)), output=args.output)
+        workers = min(4, count_cpus())  # a photo of 24 megapixels takes 0.4 GB
+        errors = thread_map(segment_image, images, images.values(), max_workers=workers, unit="image", disable=None)
+    return [error for error in errors if error]
+
+
+def keep_stdout() -> TextIO:
+    """Send what is printed on stdout, in C++ too, to stderr, and return a file that is still stdout."""
+    stdout = os.fdopen(os.dup(1), "w", errors="backslashreplace")
+    os.dup2(2, 1)
+    return stdout
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -301,19 +275,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.model.stat()  # raises if there is none
     images = find_images(args.images, args.output)
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as worker:  # signals interrupt only the main thread: what is begun there is finished
-        try:
-            work = worker.submit(segment, images, args, stop)
-            while not work.done():
-                time.sleep(0.1)  # a wait for the other thread does not end if that receives the signal
-        finally:
-            stop.set()
-    errors = work.result()
+    shares = tidy_shares(args.output)  # before any work, since OUTPUT may be read-only
+    stdout = keep_stdout() if args.model.suffix == ".om" else sys.stdout  # ais_bench prints a lot
+    if args.skip_done:
+        done = {name for name in shares if all(is_there(Path(f"{args.output / name}_{ending}")) for ending in ENDINGS)}
+        print(f"skipped, already done: {len(done & images.keys())}", file=stdout)
+        images = {name: path for name, path in images.items() if name not in done}
+    errors = segment_all(images, args)
+    tidy_shares(args.output)
+    print(f"overlays written to {args.output}: {len(images) - len(errors)}", file=stdout, flush=True)
     if errors:
         raise InputError(f"{len(errors)} of {len(images)} images cannot be segmented: {first_five(errors, '; ')}")
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, unwind=True)
+    run_script(main)
