@@ -93,5 +93,5 @@ bench: $(DEV)  ## time each stage against a straightforward loop
 	$(BIN)/python tests/speed/bench.py
 
 clean:  ## remove .venv, caches and the tiny data set's output, not that of runs with DATA=
-	rm -rf .venv .venv-old out/tiny .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__ tests/*/__pycache__
+	rm -rf .venv .venv-old out/tiny .pytest_cache .ruff_cache __pycache__ */__pycache__ tests/*/__pycache__
 	@rmdir out 2>/dev/null || true

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
 LABEL_ENDING, IMAGE_ENDING = "_gtFine_labelIds.png", "_leftImg8bit.png"
+LABEL_MAP_ENDING = "_predicted_labelIds.png"
 LOGITS_SHAPE = 19, 65, 129
 LOGITS_SIZE = 19 * 65 * 129
 
@@ -67,6 +69,11 @@ CATEGORY_OF = np.array([CATEGORIES.index(category) for _, _, category, _ in CLAS
 PALETTE = bytes.fromhex("".join(color[1:] for _, _, _, color in CLASSES))
 LARGEST_LABEL_ID = 34
 
+# On Cityscapes val, and frames/s on 310P3 by batch size, of runs on zeros; for the tools.
+# Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
+PUBLISHED_MIOU = 0.4701
+PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
+
 
 class InputError(Exception):
     """A mistake the user can fix; reported in one line, without a traceback."""
@@ -95,25 +102,14 @@ def find_labels(data_dir: Path, split: str) -> dict[str, Path]:
 
 
 def find_frames(labels: dict[str, Path], result_dir: Path, limit: int | None) -> list[Frame]:
-    """Find the main logits of every frame, or of the first ones only.
-
-    Raises:
-        InputError: a file is missing, or the logits' types are mixed.
-    """
+    """Find the main logits of every frame or the first ones; InputError if one is missing or types are mixed."""
     logits = find_logits(result_dir)
     frames = [Frame(name, label, logits.get(f"{name}_leftImg8bit_1")) for name, label in labels.items()][:limit]
     missing = [frame.name for frame in frames if not frame.logits]
     if missing:
-        is_npy = any(path.name.endswith("_1.npy") for path in list_folder(result_dir))
-        remedy = (
-            "use ais_bench's --outfmt BIN"
-            if is_npy
-            else "infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
-        )
-        raise InputError(
-            f"{result_dir}: no <frame>_leftImg8bit_1.bin for {len(missing)} of {len(frames)} frames: "
-            f"{first_five(missing)}; {remedy}"
-        )
+        remedy = "infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
+        counts = f"{len(missing)} of {len(frames)} frames"
+        raise InputError(f"{result_dir}: no <frame>_leftImg8bit_1.bin for {counts}: {first_five(missing)}; {remedy}")
     others = sorted({stem for stem in logits if stem.endswith("_1")} - {f"{name}_leftImg8bit_1" for name in labels})
     if others:
         warn(f"{result_dir}: ignored, not of this split: {first_five(others)}")
@@ -124,11 +120,7 @@ def find_frames(labels: dict[str, Path], result_dir: Path, limit: int | None) ->
 
 
 def find_by_frame(folder: Path, ending: str) -> dict[str, Path]:
-    """Find `<city>/<frame><ending>` by frame, sorted by path.
-
-    Raises:
-        InputError: two cities have a frame of the same name.
-    """
+    """Find `<city>/<frame><ending>` by frame, sorted by path; InputError if two cities have a frame of one name."""
     paths = [path for city in list_folder(folder) for path in list_folder(city) if path.name.endswith(ending)]
     frames = {path.name[: -len(ending)]: path for path in paths}
     if len(frames) < len(paths):
@@ -181,11 +173,7 @@ def warn(message: str) -> None:
 
 
 def read_logits(path: Path) -> np.ndarray:
-    """Read (19, 65, 129) logits as float32; the file's size distinguishes float32 and float16.
-
-    Raises:
-        InputError: another size, or values that are NaN or Inf.
-    """
+    """Read (19, 65, 129) float32 or float16 logits as float32; InputError for another size, NaN or Inf."""
     content = path.read_bytes()
     if len(content) not in (2 * LOGITS_SIZE, 4 * LOGITS_SIZE):
         expected = f"{4 * LOGITS_SIZE} (float32) or {2 * LOGITS_SIZE} (float16)"
@@ -231,11 +219,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_png(path: Path, mode: str) -> Image.Image:
-    """Decode a PNG after checking its checksums, which decoding alone does not.
-
-    Raises:
-        InputError: it cannot be read, is damaged, or is not of this mode.
-    """
+    """Decode an 8-bit PNG of this mode, its checksums checked, which decoding alone does not; or InputError."""
     try:
         with path.open("rb") as file:
             Image.open(file, formats=["PNG"]).verify()
@@ -254,11 +238,7 @@ def read_png(path: Path, mode: str) -> Image.Image:
 
 
 def read_label(path: Path) -> np.ndarray:
-    """Read (H, W) uint8 label ids.
-
-    Raises:
-        InputError: it is damaged, or not a PNG of label ids.
-    """
+    """Read (H, W) uint8 label ids; InputError if it is damaged or not a PNG of label ids."""
     label = np.asarray(read_png(path, "L"))
     if label.max() > LARGEST_LABEL_ID:
         expected = f"0 to {LARGEST_LABEL_ID}: labelIds, not labelTrainIds or color"
@@ -273,9 +253,9 @@ def predict(logits_chw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Find the class with the largest bilinear logit at every pixel; ties go to the lower class.
 
     The result is that of upsampling to full size in plain float32 arithmetic and taking the argmax; torch's own last
-    bits may differ, where a lead is a few units in the last place. A grid cell is the pixels between four neighbouring
-    logits, its corners. A bilinear value lies between the corners, so a class that trails another one at all four
-    trails it in the whole cell: most cells need no interpolation at all, the others only few classes.
+    bits may differ, where a lead is a few units in the last place. Only the h grid rows are interpolated along x. The
+    pixels between two of them are weighted means of the upper and the lower value, so where one class alone leads in
+    both rows, it leads everywhere between. Only the other columns are interpolated along y.
 
     Args:
         logits_chw: (C, h, w) float32, finite.
@@ -287,55 +267,36 @@ def predict(logits_chw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Source: the coordinates and the order of operations are those of torch's `interpolate(mode="bilinear",
     align_corners=True)`.
     """
-    heights, y, y_weight = grid_cells(logits_chw.shape[1], size[0])
-    widths, x, x_weight = grid_cells(logits_chw.shape[2], size[1])
-    edged = np.pad(logits_chw, ((0, 0), (0, 1), (0, 1)), mode="edge")
-    corners = np.stack([edged[:, :-1, :-1], edged[:, :-1, 1:], edged[:, 1:, :-1], edged[:, 1:, 1:]])
-
-    strongest = corners.min(axis=0).argmax(axis=0)
-    # Rounding can erase a smaller lead than this, so a class that trails by less is still evaluated.
+    row, y_weight = locate(logits_chw.shape[1], size[0])
+    column, x_weight = locate(logits_chw.shape[2], size[1])
+    # Rounding can erase a smaller lead than this.
     slack = np.float32(np.abs(logits_chw).max() * 2.0**-20) + np.finfo(np.float32).tiny
-    can_win = (corners >= np.take_along_axis(corners, strongest[None, None], axis=1) - slack).any(axis=0)
-    prediction = strongest.astype(np.uint8).repeat(widths, axis=1).repeat(heights, axis=0)
 
-    row, column = np.nonzero((can_win.sum(axis=0) > 1) & (heights[:, None] > 0) & (widths > 0))  # n undecided cells
-    best = np.full((len(row), y.shape[1], x.shape[1]), -np.inf, np.float32)
-    winner = np.zeros(best.shape, np.uint8)
-    for train_id, can_win_hw in enumerate(can_win):
-        cells = np.flatnonzero(can_win_hw[row, column])
-        i, j = row[cells], column[cells]
-        value = interpolate(corners[:, train_id, i, j], y_weight[i], x_weight[j])
-        winner[cells] = np.where(value > best[cells], np.uint8(train_id), winner[cells])
-        best[cells] = np.maximum(value, best[cells])
-    prediction[y[row][:, :, None], x[column][:, None, :]] = winner
+    def widen(grid_row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values = grid_row.take(column, axis=1) * (1 - x_weight) + grid_row.take(column + 1, axis=1) * x_weight
+        return values, values >= values.max(axis=0) - slack
+
+    prediction = np.empty(size, np.uint8)
+    edged = np.pad(logits_chw, ((0, 0), (0, 1), (0, 1)), mode="edge")  # the last row and column have a next one too
+    grid_rows = map(widen, edged.transpose(1, 0, 2))
+    upper, upper_leads = next(grid_rows)
+    for point, (lower, lower_leads) in enumerate(grid_rows):
+        pixels = np.flatnonzero(row == point)
+        prediction[pixels] = upper_leads.argmax(axis=0)
+        columns = np.flatnonzero((upper_leads | lower_leads).sum(axis=0, dtype=np.uint8) > 1)
+        weight = y_weight[pixels, None]
+        values = upper[:, None, columns] * (1 - weight) + lower[:, None, columns] * weight
+        prediction[pixels[:, None], columns] = values.argmax(axis=0)
+        upper, upper_leads = lower, lower_leads
     return prediction
 
 
-def grid_cells(points: int, pixels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Map pixels to grid cells with align_corners: the first and last pixel lie on the first and last point.
-
-    Returns:
-        The number of pixels in each cell, (points) int64; the last point has a cell of its own.
-        Which pixels these are, (points, longest cell) int64; shorter cells repeat their last one.
-        Their distance from the cell's point, (points, longest cell) float32, from 0 to 1.
-    """
+def locate(points: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find each pixel's grid point before it, int64, and its distance from that, float32; both ends coincide."""
     scale = np.float32(points - 1) / np.float32(pixels - 1) if pixels > 1 else np.float32(0)
     position = scale * np.arange(pixels, dtype=np.float32)
-    point = np.minimum(position.astype(np.int64), points - 1)
-    weight = (position - point.astype(np.float32)).clip(0, 1)
-    lengths = np.bincount(point, minlength=points)
-    end = lengths.cumsum()
-    pixel = np.minimum((end - lengths)[:, None] + np.arange(lengths.max()), end[:, None] - 1)
-    return lengths, pixel, weight[pixel]
-
-
-def interpolate(corners: np.ndarray, y_weight: np.ndarray, x_weight: np.ndarray) -> np.ndarray:
-    """Interpolate n cells from (4, n) corners to (n, height, width): first along x, then along y, all float32."""
-    upper_left, upper_right, lower_left, lower_right = corners[:, :, None]
-    right, below = x_weight, y_weight[:, :, None]
-    upper = upper_left * (1 - right) + upper_right * right
-    lower = lower_left * (1 - right) + lower_right * right
-    return upper[:, None] * (1 - below) + lower[:, None] * below
+    point = position.astype(np.int64)
+    return point, position - point.astype(np.float32)
 
 
 def count_pixels(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -355,7 +316,7 @@ def score(frame: Frame, save_labels: Path | None, save_colors: Path | None) -> n
         prediction = predict(read_logits(frame.logits), label.shape)
         if save_labels:
             label_map = Image.fromarray(LABEL_IDS[prediction])
-            label_map.save(save_labels / f"{frame.name}_predicted_labelIds.png", compress_level=1)
+            label_map.save(save_labels / f"{frame.name}{LABEL_MAP_ENDING}", compress_level=1)
         if save_colors:
             color_map = Image.fromarray(prediction)
             color_map.putpalette(PALETTE)
@@ -368,11 +329,7 @@ def score(frame: Frame, save_labels: Path | None, save_colors: Path | None) -> n
 def score_all(
     frames: list[Frame], save_labels: Path | None, save_colors: Path | None, workers: int
 ) -> list[np.ndarray]:
-    """Score frames in threads, since numpy and Pillow release the GIL; return (19, 19) int64 for each.
-
-    Raises:
-        InputError: counts and names the damaged files.
-    """
+    """Score frames in threads, as numpy and Pillow release the GIL; return (19, 19) int64 for each, or InputError."""
     for folder in filter(None, (save_labels, save_colors)):
         folder.mkdir(parents=True, exist_ok=True)
     score_frame = functools.partial(score, save_labels=save_labels, save_colors=save_colors)
@@ -459,7 +416,7 @@ def compare_with_expected(miou: float, expected: float, tolerance: float) -> dic
 
 def warn_if_suspicious(metrics: dict, frames: list[Frame]) -> None:
     """Warn of what a working model does not predict, and of what Cityscapes' labels are not."""
-    resized = [frame.name for frame in frames if Image.open(frame.label).size != (2048, 1024)]
+    resized = [frame.name for frame in frames if Image.open(io.BytesIO(frame.label.read_bytes())).size != (2048, 1024)]
     if resized:
         warn(f"labels that are not 2048 x 1024, whose mIoU is not comparable: {first_five(resized)}")
     confusion = np.array(metrics["confusion_matrix"])
@@ -491,9 +448,10 @@ def format_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def percent(fraction: float | None) -> str:
-    """Format a fraction as percent, or a dash where there is none."""
-    return "-" if fraction is None or np.isnan(fraction) else f"{100 * fraction:.2f}"
+def percent(fraction: float | None, sign: str = "", digits: int = 2) -> str:
+    """Format a fraction as percent, or a dash where there is none; + 0 removes the sign of -0."""
+    missing = fraction is None or np.isnan(fraction)
+    return "-" if missing else f"{round(100 * float(fraction), digits) + 0:{sign}.{digits}f}"
 
 
 def count_cpus() -> int:
@@ -554,36 +512,20 @@ def main(argv: list[str] | None = None) -> int:
     return int("expected" in metrics and not metrics["expected"]["passed"])
 
 
-def explain(error: InputError | OSError) -> str:
-    """Describe an error in one line."""
-    return f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-
-
-def run_script(main: Callable[[], int], umask: int = 0o022, unwind: bool = False) -> None:
-    """Run a script's main and exit: a mistake of the user is one line on stderr, a signal ends it at once.
-
-    With `unwind` the signal first raises KeyboardInterrupt, which ends child processes and removes temporary files.
-    """
-
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-    def interrupt(number: int, _: object) -> None:
-        for further in signals:
-            signal.signal(further, lambda *_: None)
-        raise KeyboardInterrupt(number)
-
-    for number in signals:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background set it
-            signal.signal(number, interrupt if unwind else signal.SIG_DFL)
+def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
+    """Run main and exit: a mistake of the user is one line on stderr, and Ctrl-C ends a shell's loop too."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
+    for name in ("stdin", "stdout", "stderr"):  # None if it is closed; another file would get its descriptor
+        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {explain(error)}") from None
-    except KeyboardInterrupt as interruption:
-        signal.signal(interruption.args[0], signal.SIG_DFL)
-        os.kill(os.getpid(), interruption.args[0])
+        reason = f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else error
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {reason}") from None
 
 
 if __name__ == "__main__":

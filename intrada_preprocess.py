@@ -20,6 +20,7 @@ import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,7 @@ def first_five(names: list[str], separator: str = ", ") -> str:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an RGB PNG after checking its checksums, which decoding alone does not.
-
-    Raises:
-        InputError: it cannot be read, is damaged or is not RGB.
-    """
+    """Decode an 8-bit RGB PNG, its checksums checked, which decoding alone does not; or InputError."""
     try:
         with path.open("rb") as file:
             Image.open(file, formats=["PNG"]).verify()
@@ -156,18 +153,13 @@ def at_least_one(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Convert Cityscapes images to the network's input, one FP32 .bin per frame."
-    )
-    parser.add_argument("data_dir", metavar="DATA_DIR", type=Path, help="Cityscapes; holds leftImg8bit/")
-    parser.add_argument("save_dir", metavar="SAVE_DIR", type=Path, help="folder to write to")
-    parser.add_argument("--split", default="val", help="folder below leftImg8bit (default: %(default)s)")
-    parser.add_argument(
-        "--limit", metavar="N", type=at_least_one, help="convert the first N images only (default: all)"
-    )
-    parser.add_argument(
-        "--workers", metavar="N", type=at_least_one, default=count_cpus(), help="threads (default: one per CPU)"
-    )
+    parser = argparse.ArgumentParser(description="Convert Cityscapes images to the network's input, one .bin a frame.")
+    add = parser.add_argument
+    add("data_dir", metavar="DATA_DIR", type=Path, help="Cityscapes; holds leftImg8bit/")
+    add("save_dir", metavar="SAVE_DIR", type=Path, help="folder to write to")
+    add("--split", default="val", help="folder below leftImg8bit (default: %(default)s)")
+    add("--limit", metavar="N", type=at_least_one, help="convert the first N images only (default: all)")
+    add("--workers", metavar="N", type=at_least_one, default=count_cpus(), help="threads (default: one per CPU)")
     return parser.parse_args(argv)
 
 
@@ -182,13 +174,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
+    """Run main and exit: a mistake of the user is one line on stderr, and Ctrl-C ends a shell's loop too."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
-    os.umask(os.umask(0) | 0o022)  # ais_bench rejects group- or world-writable files
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
+    for name in ("stdin", "stdout", "stderr"):  # None if it is closed; another file would get its descriptor
+        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:
         reason = f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else error
-        raise SystemExit(f"{Path(__file__).name}: error: {reason}") from None
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {reason}") from None
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +140,7 @@ def read_state_dict(weights: Path) -> dict[str, torch.Tensor]:
 
 
 def load_checkpoint(weights: Path) -> object:
-    """Load a checkpoint's plain values after checking its checksums, which torch does not.
-
-    Raises:
-        InputError: it is damaged, or holds other objects.
-    """
+    """Load a checkpoint's plain values after checking its checksums, which torch does not; or InputError."""
     with weights.open("rb") as file:
         start = file.read(4)
     is_zip = zipfile.is_zipfile(weights)
@@ -210,9 +207,9 @@ def load_network(weights: Path) -> DeepLabV2:
     return network
 
 
-def first_five(names: list[str]) -> str:
+def first_five(names: list[str], separator: str = ", ") -> str:
     """List at most five names and the count, to keep the message on one line."""
-    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+    return separator.join(names[:5]) + (f"{separator}... ({len(names)} in all)" if len(names) > 5 else "")
 
 
 # ---------------------------------------------------------------------------------------------------- the ONNX graph
@@ -243,10 +240,7 @@ def add_nodes(graph: onnx.GraphProto, network: DeepLabV2) -> None:
     """Add what `forward` computes, in its order and with torch.fx's names, e.g. layer3_22_conv2."""
     modules = dict(network.named_modules())
     image, *nodes, result = torch.fx.symbolic_trace(network).graph.nodes
-    names = {
-        image: image.name,
-        **{node: f"output_{i}" for i, node in enumerate(result.args[0])},
-    }  # image: as in forward
+    names = {image: image.name, **{node: f"output_{i}" for i, node in enumerate(result.args[0])}}
     for node in nodes:
         module = modules.get(node.target)
         name = names.setdefault(node, node.name)
@@ -354,13 +348,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
+    """Run main and exit: a mistake of the user is one line on stderr, and Ctrl-C ends a shell's loop too."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a shell's loop too
-    os.umask(os.umask(0) | 0o022)  # no group or other write
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
+    for name in ("stdin", "stdout", "stderr"):  # None if it is closed; another file would get its descriptor
+        setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:
         reason = f"{error.filename or 'output'}: {error.strerror or error}" if isinstance(error, OSError) else error
-        raise SystemExit(f"{Path(__file__).name}: error: {reason}") from None
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {reason}") from None
+
+
+if __name__ == "__main__":
+    run_script(main)

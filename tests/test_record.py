@@ -218,10 +218,3 @@ def test_the_commonest_wrong_folders_are_told_what_data_dir_is(folder, data_dir,
     assert words in message and "tools/segment.py" in message
     assert "DATA_DIR is the folder that holds gtFine" in refusal(postprocess, data_dir, "data/r")
     assert not Path("out").exists()
-
-
-def test_logits_of_another_format_name_ais_bench_s_option(folder):
-    Path("r").mkdir()
-    for frame in FRAMES:
-        Path(f"r/{frame}_leftImg8bit_1.npy").touch()
-    assert "; use ais_bench's --outfmt BIN" in refusal(postprocess, "data", "r")
