@@ -1,7 +1,7 @@
 # The whole pipeline and its checks. `make` lists the targets.
 
 PYTHON      ?= python3
-VENV        ?= .venv
+VENV        := .venv
 OLD         ?= python3.7
 CONSTRAINTS ?= requirements/constraints.txt
 
@@ -12,13 +12,13 @@ BS       := 1
 PROVIDER := cpu
 SPLIT    := val
 LIMIT    :=
-OUT      := out/$(if $(DATA),$(shell basename "$(WEIGHTS)" .pth)_on_$(shell basename "$(DATA)"),tiny)
+OUT      := out/$(if $(DATA),$(shell echo "$$(basename "$(WEIGHTS)" .pth)_on_$$(basename "$(DATA)")" | tr ' :' __),tiny)
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
 DEV     := $(VENV)/installed-dev
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
-TINY    := $(OUT)/cityscapes
+INSTALL := PIP_USER=0 $(BIN)/python -m pip install --disable-pip-version-check
+TINY    := $(OUT)/tiny_cityscapes
 ONNX    := $(OUT)/intraDA_deeplabv2.onnx
 FRAMES  := $(SPLIT)$(if $(LIMIT),_first$(LIMIT))
 RUN     := $(FRAMES)_$(PROVIDER)_bs$(BS)
@@ -39,7 +39,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with the pinned packages, once
 
 $(STAMP): requirements.txt $(CONSTRAINTS)
-	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	test -f $@ || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) -U pip
 	$(INSTALL) -r requirements.txt -c $(CONSTRAINTS)
 	@touch $@
@@ -51,11 +51,31 @@ $(DEV): requirements/dev.txt $(STAMP)
 ifneq ($(if $(DATA),x),$(if $(WEIGHTS),x))
 $(error DATA= and WEIGHTS= go together)
 endif
+ifneq ($(words $(OUT)) $(findstring :,$(OUT)),1 )
+$(error OUT="$(OUT)": expected a path without blanks and colons)
+endif
+
+# With DATA=, before anything is written: the labels are there, and OUT is of no other checkpoint.
+define CHECK
+import hashlib, pathlib, sys
+from intrada_postprocess import InputError, find_labels
+data, split, weights, out = sys.argv[1:]
+try:
+    find_labels(pathlib.Path(data), split)
+except (InputError, OSError) as error:
+    sys.exit(f"error: {error}")
+note, digest = pathlib.Path(out, "checkpoint.sha256"), hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()
+if note.exists() and note.read_text() != digest:
+    sys.exit(f"error: {out}: has results of another checkpoint; pass another OUT=")
+note.write_text(digest)
+endef
+export CHECK
 
 run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [LIMIT=20] [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
 	@test -f "$(weights)" || { echo "$(weights): no such file" >&2; exit 1; }
 	@$(BIN)/python tools/infer.py --provider $(PROVIDER) --batchsize $(BS) --help > /dev/null  # refuses bad ones at once
 	@mkdir -p "$(OUT)"
+	$(if $(DATA),@$(BIN)/python -c "$$CHECK" "$(DATA)" $(SPLIT) "$(WEIGHTS)" "$(OUT)")
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(PREP)" $(frames)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
 	$(BIN)/python tools/infer.py --model "$(ONNX)" --input "$(PREP)" --output "$(OUT)/result" \

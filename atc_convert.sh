@@ -55,16 +55,9 @@ find_chip() { # in npu-smi's table, the row with a number and the name in the fi
 
 tell_earlier() { [[ ! -e $om.old ]] || echo "; the earlier one is $om.old"; }
 
-interrupted() { # leave no .om that is not complete, and end by the signal
-  rm -f "$unfinished"
-  printf '%s\n' ${summary[@]+"${summary[@]}"} "bs $bs: interrupted${unfinished:+, no .om$(tell_earlier)}"
-  trap - "$1"
-  kill -s "$1" $$
-}
-
 main() {
   parse_args "$@"
-  local prefix bs old om='' unfinished='' command failed=0 summary=()
+  local prefix bs old om command caught='' problem failed=0 summary=()
   [[ $dry_run ]] || command -v atc >/dev/null || die "no atc on PATH; source CANN's set_env.sh first (README.md, step 3)"
   [[ -f $onnx ]] || die "$onnx: no such file; export it with intrada_pth2onnx.py"
   [[ $soc_version ]] || soc_version=$(find_chip)
@@ -76,28 +69,31 @@ main() {
       [[ ! -e $om || ! -e $om.old ]] || die "$om.old of a failed conversion and a newer $om: remove one of them"
     done
     mkdir -p "$output_dir"
-    trap 'interrupted HUP' HUP; trap 'interrupted INT' INT; trap 'interrupted TERM' TERM
+    trap 'caught=HUP' HUP; trap 'caught=INT' INT; trap 'caught=TERM' TERM # while atc runs, bash waits for its end
   fi
   for bs in "${batch_sizes[@]}"; do
     om=$prefix$bs.om
     command=(atc "--model=$onnx" --framework=5 "--output=${om%.om}" --input_format=NCHW
       "--input_shape=image:$bs,3,512,1024" --log=error "--soc_version=$(name_chip "$soc_version")"
       ${atc_options[@]+"${atc_options[@]}"})
-    show "${command[@]}"
+    show "${command[@]}" || [[ $caught ]]
     [[ ! $dry_run ]] || continue
+    [[ ! $caught ]] || { summary+=("bs $bs: interrupted") && break; }
     old=$(tell_earlier) # which a success replaces
     [[ ! -e $om ]] || mv "$om" "$om.old" # or it would pass for this run's
-    unfinished=$om
     if "${command[@]}" >&2 && [[ -f $om ]]; then
-      unfinished=''
       rm -f "$om.old"
       summary+=("bs $bs: made $om${old:+; removed $om.old}")
     else
       rm -f "$om"
-      failed=1 unfinished='' summary+=("bs $bs: FAILED, see atc's messages above and docs/ascend.md$(tell_earlier)")
+      failed=1 problem="FAILED, see atc's messages above and docs/ascend.md"
+      [[ ! $caught ]] || problem="interrupted, no .om"
+      summary+=("bs $bs: $problem$(tell_earlier)")
     fi
+    [[ ! $caught ]] || break
   done
   [[ $dry_run ]] || printf '%s\n' "${summary[@]}"
+  [[ ! $caught ]] || { trap - "$caught" && kill -s "$caught" $$; } # so that a shell's loop ends too
   return $failed
 }
 

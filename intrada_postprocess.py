@@ -160,6 +160,13 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def make_parent(path: Path) -> None:
+    """Make the folder of a file to be written, before the work; InputError if the file is a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected a file to write")
+
+
 def first_five(names: list[str], separator: str = ", ") -> str:
     """List at most five names and the count, to keep the message on one line."""
     return separator.join(names[:5]) + (f"{separator}... ({len(names)} in all)" if len(names) > 5 else "")
@@ -184,19 +191,20 @@ def read_logits(path: Path) -> np.ndarray:
     return logits.astype(np.float32, copy=False)
 
 
-def read_summaries(folders: list[Path]) -> list[dict]:
-    """Read what inferred: the `<folder>_summary.json` beside each folder of logits, of ais_bench or tools/infer.py.
+def read_summaries(logits: list[Path]) -> list[dict]:
+    """Read the `<folder>_summary.json` beside each folder of logits: what inferred, by ais_bench or tools/infer.py.
 
-    Its lists of files and of single times are left out, `file` (its name) and `date` are added. One that is missing or
-    damaged is left out with a warning.
-
-    Raises:
-        InputError: they name different models.
+    Lists of files and of single times are left out, `file` (its name) and `date` are added. A missing or damaged one is
+    left out with a warning; InputError if they name several models, or ais_bench's lists other files than these.
     """
-    summaries, models = [], set()
-    for path in [folder.with_name(f"{folder.name}_summary.json") for folder in folders]:
-        summary = read_json(path)
-        if {"throughput", "NPU_compute_time"} <= summary.keys() and isinstance(summary.get("args"), list):
+    summaries, models, by_folder = [], set(), {}
+    for path in map(Path.resolve, logits):
+        by_folder.setdefault(path.parent, []).append(path)
+    for folder, files in sorted(by_folder.items()):
+        path = folder.with_name(f"{folder.name}_summary.json")
+        summary = read_summary(path)
+        if summary:
+            check_run(files, path, summary["filesinfo"])
             date = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
             kept = {key: value for key, value in summary.items() if key != "filesinfo" and not key.endswith("_list")}
             summaries.append({"file": path.name, "date": date, **kept})
@@ -205,8 +213,31 @@ def read_summaries(folders: list[Path]) -> list[dict]:
         else:
             warn(f"{path}: missing or damaged; which model inferred these logits is unknown")
     if len(models) > 1:
-        raise InputError(f"{folders[0]}: results of several models: {first_five(sorted(models))}")
+        raise InputError(f"{folder}: results of several models: {first_five(sorted(models))}")
     return summaries
+
+
+def check_run(logits: list[Path], path: Path, listed: set[str]) -> None:
+    """Raise InputError for logits that ais_bench's summary does not list; warn of those that are much newer than it."""
+    others = [file.name for file in logits if file.name not in listed]
+    if listed and others:
+        remedy = "infer into a new folder; or, if all are of one model, move the summary away"
+        raise InputError(f"{path}: does not list {first_five(others)}: of another run; {remedy}")
+    if max(file.stat().st_mtime for file in logits) > path.stat().st_mtime + 600:
+        warn(f"{path}: older than the logits, which may be of a later run that did not end")
+
+
+def read_summary(path: Path) -> dict:
+    """Read a summary of ais_bench or tools/infer.py, the names of its files as `filesinfo`; empty if it is damaged."""
+    summary = read_json(path)
+    try:
+        times = summary["NPU_compute_time"]
+        float(summary["throughput"]), float(times["mean"]), float(times.get("percentile(99%)", 0))
+        runs = summary.get("filesinfo", {}).values()
+        summary["filesinfo"] = {Path(file).name for run in runs for file in run["outfiles"]}
+        return summary if isinstance(summary["args"], list) else {}
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def read_json(path: Path) -> dict:
@@ -310,30 +341,27 @@ def count_pixels(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
 
 
 def score(frame: Frame, save_labels: Path | None, save_colors: Path | None) -> np.ndarray | str:
-    """Count one frame's pixels, and write its prediction where this is wanted; or return what is wrong with it."""
+    """Count one frame's pixels, (19, 19), and write the maps that are wanted; or return what is wrong with it."""
     try:
         label = read_label(frame.label)
         prediction = predict(read_logits(frame.logits), label.shape)
-        if save_labels:
-            label_map = Image.fromarray(LABEL_IDS[prediction])
-            label_map.save(save_labels / f"{frame.name}{LABEL_MAP_ENDING}", compress_level=1)
-        if save_colors:
-            color_map = Image.fromarray(prediction)
-            color_map.putpalette(PALETTE)
-            color_map.save(save_colors / f"{frame.name}_predicted_color.png", compress_level=1)
-        return count_pixels(label, prediction)
     except InputError as error:
         return str(error)
+    if save_labels:
+        Image.fromarray(LABEL_IDS[prediction]).save(save_labels / f"{frame.name}{LABEL_MAP_ENDING}", compress_level=1)
+    if save_colors:
+        color_map = Image.fromarray(prediction)
+        color_map.putpalette(PALETTE)
+        color_map.save(save_colors / f"{frame.name}_predicted_color.png", compress_level=1)
+    return count_pixels(label, prediction)
 
 
-def score_all(
-    frames: list[Frame], save_labels: Path | None, save_colors: Path | None, workers: int
-) -> list[np.ndarray]:
+def score_all(frames: list[Frame], args: argparse.Namespace) -> list[np.ndarray]:
     """Score frames in threads, as numpy and Pillow release the GIL; return (19, 19) int64 for each, or InputError."""
-    for folder in filter(None, (save_labels, save_colors)):
+    for folder in filter(None, (args.save_labels, args.save_colors)):
         folder.mkdir(parents=True, exist_ok=True)
-    score_frame = functools.partial(score, save_labels=save_labels, save_colors=save_colors)
-    scored = thread_map(score_frame, frames, max_workers=workers, unit="frame", disable=None)
+    score_frame = functools.partial(score, save_labels=args.save_labels, save_colors=args.save_colors)
+    scored = thread_map(score_frame, frames, max_workers=args.workers, unit="frame", disable=None)
     errors = [result for result in scored if isinstance(result, str)]
     if errors:
         raise InputError(f"{len(errors)} of {len(frames)} frames cannot be scored: {first_five(errors, '; ')}")
@@ -406,12 +434,15 @@ def by_name(names: list[str], values: np.ndarray) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values)}
 
 
-def compare_with_expected(miou: float, expected: float, tolerance: float) -> dict:
-    """Compare with the expected mIoU in percent; bounds inclusive, immune to rounding."""
-    return {"percent": expected, "tolerance": tolerance, "passed": round(abs(100 * miou - expected), 9) <= tolerance}
-
-
 # ---------------------------------------------------------------------------------------------------- reporting
+
+
+def warn_of_other_maps(folder: Path, frames: list[Frame]) -> None:
+    """Warn of label maps of other frames, which an evaluator would count too."""
+    present = {path.name for path in list_folder(folder) if path.name.endswith(LABEL_MAP_ENDING)}
+    others = sorted(present - {f"{frame.name}{LABEL_MAP_ENDING}" for frame in frames})
+    if others:
+        warn(f"{folder}: has label maps of other frames: {first_five(others)}")
 
 
 def warn_if_suspicious(metrics: dict, frames: list[Frame]) -> None:
@@ -442,9 +473,8 @@ def format_table(metrics: dict) -> str:
         expected, miou = metrics["expected"], 100 * metrics["miou"]
         near = f"within {expected['tolerance']} of {expected['percent']:.4f}"
         see = 'see "The mIoU is not the expected one" in docs/troubleshooting.md'
-        lines.append(
-            f"\nPASS: {miou:.4f} is {near}" if expected["passed"] else f"\nFAIL: {miou:.4f} is not {near}; {see}"
-        )
+        verdict = f"PASS: {miou:.4f} is {near}" if expected["passed"] else f"FAIL: {miou:.4f} is not {near}; {see}"
+        lines.append(f"\n{verdict}")
     return "\n".join(lines)
 
 
@@ -487,24 +517,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.json:
+        make_parent(args.json)
     labels = find_labels(args.data_dir, args.split)
     frames = find_frames(labels, args.result_dir, args.limit)
-    summaries = read_summaries(sorted({frame.logits.resolve().parent for frame in frames}))
-    confusions = score_all(frames, args.save_labels, args.save_colors, args.workers)
+    summaries = read_summaries([frame.logits for frame in frames])
+    confusions = score_all(frames, args)
     for kind, folder in (("label", args.save_labels), ("color", args.save_colors)):
         if folder:
             print(f"{kind} maps written to {folder}: {len(frames)}")
+    if args.save_labels:
+        warn_of_other_maps(args.save_labels, frames)
     if not np.any(confusions):  # as in Cityscapes' test split, of which only the maps are of use
         if (args.save_labels or args.save_colors) and not args.json and args.expect is None:
             return 0
         raise InputError(f"{args.data_dir}/gtFine/{args.split}: no pixel of any label has a class")
-    metrics = {
-        **note_files(args, is_limited=len(frames) < len(labels)),
-        "summaries": summaries,
-        **summarise(frames, confusions),
-    }
+    files = note_files(args, is_limited=len(frames) < len(labels))
+    metrics = {**files, "summaries": summaries, **summarise(frames, confusions)}
     if args.expect is not None:
-        metrics["expected"] = compare_with_expected(metrics["miou"], args.expect, args.tolerance)
+        near = (
+            round(abs(100 * metrics["miou"] - args.expect), 9) <= args.tolerance
+        )  # bounds inclusive, whatever rounding
+        metrics["expected"] = {"percent": args.expect, "tolerance": args.tolerance, "passed": near}
     if args.json:  # before printing, which a closed pipe ends
         args.json.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     warn_if_suspicious(metrics, frames)

@@ -16,6 +16,7 @@ A `.bin` holds float32, little-endian, C order, shape (3, 512, 1024): blue, gree
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import signal
@@ -120,6 +121,8 @@ def convert(image: Path, save_dir: Path) -> str | None:
     except InputError as error:
         return str(error)
     except OSError as error:  # ends all, as on a full disk
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     return None
 

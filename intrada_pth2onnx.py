@@ -317,7 +317,7 @@ def verify(model: bytes, network: DeepLabV2) -> None:
 
 def write(model: bytes, path: Path) -> None:
     """Write a file that is complete whenever it has its name."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(model)
         part.replace(path)

@@ -113,6 +113,33 @@ def test_an_interrupted_conversion_leaves_no_om_and_ends_a_loop_around_it(folder
     assert earlier.read_text() == "of an earlier run"
 
 
+def test_a_signal_to_the_script_alone_keeps_the_om_that_atc_finishes(folder):
+    (folder / "atc").write_text(FINISHES)
+    (folder / "atc").chmod(0o755)
+    environment = ascend_environment()
+    environment["PATH"] = f"{folder}:{environment['PATH']}"
+    (folder / "intraDA_deeplabv2_bs4.om").write_text("of an earlier run")
+    process = subprocess.Popen(
+        ["bash", SCRIPT, "4", "8"], cwd=folder, env=environment, stdout=subprocess.PIPE, **OWN_GROUP
+    )
+    while not (folder / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    (folder / "go").touch()
+    stdout, _ = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    assert stdout.decode().splitlines()[1:] == ["bs 4: made intraDA_deeplabv2_bs4.om"]
+    assert contents(folder) == {"intraDA_deeplabv2_bs4.om": b"finished"}
+
+
+FINISHES = """#!/bin/sh
+touch started
+while [ ! -e go ]; do sleep 0.02; done
+printf finished > intraDA_deeplabv2_bs4.om
+"""
+
+
 def test_an_interruption_before_atc_starts_removes_nothing(folder):
     (folder / "sed").write_text("#!/bin/sh\ntouch printing\nsleep 60\n")  # by which a command is printed
     (folder / "sed").chmod(0o755)

@@ -178,7 +178,7 @@ def test_a_batch_size_that_fails_is_a_row_with_its_reason_below_and_the_others_g
 
 def test_a_truncated_summary_and_an_ais_bench_that_writes_nothing_fail_their_rows(folder):
     done = benchmark("x", 1, status=1, FAKE_AIS_BENCH_HALF="1")
-    assert "batch size 1: bench/x/bs1_summary.json: not a complete summary: " in done.stdout
+    assert "batch size 1: bench/x/bs1_summary.json: missing, or not a complete summary" in done.stdout
     Path("ais_bench.py").write_text("print('--model')")
     done = run(SCRIPT, "x", 4, "--input", "prep", status=1, env={**os.environ, "PYTHONPATH": "."})
     assert done.stdout.splitlines()[-2] == "batch size 4: [Errno 2] No such file or directory: 'bench/x/bs4'"

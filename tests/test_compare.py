@@ -132,8 +132,20 @@ def test_an_output_that_a_frame_lacks_in_both_folders_is_named(folder):
     assert refusal(compare, folder / "ours", folder / "theirs").endswith(": ulm_000000_000001_leftImg8bit_1")
 
 
-def test_an_empty_folder_and_the_same_folder_twice_are_refused(folder):
+def test_an_empty_folder_and_the_same_files_twice_are_refused(folder):
     (folder / "empty").mkdir()
     assert refusal(compare, folder / "ours", folder / "empty").startswith(f"{folder}/empty: no ")
     (folder / "link").symlink_to(folder / "ours")
-    assert error_of(SCRIPT, folder / "ours", folder / "link").endswith(" are the same folder")
+    assert " have the same files: ulm_" in error_of(SCRIPT, folder / "ours", folder / "link")
+    (folder / "theirs").rename(folder / "both")
+    (folder / "ours").rename(folder / "both" / "device0")
+    for path in (folder / "both").glob("*.bin"):
+        path.unlink()
+    assert " have the same files: ulm_" in refusal(compare, folder / "both", folder / "both" / "device0")
+
+
+def test_the_json_s_folder_is_made_before_and_a_folder_of_its_name_refused(folder):
+    compare.main([*map(str, (folder / "ours", folder / "theirs", "--json", folder / "new" / "c.json"))])
+    assert (folder / "new" / "c.json").is_file()
+    message = refusal(compare, folder / "ours", folder / "none", "--json", folder / "new")
+    assert message == f"{folder}/new: is a folder; expected a file to write"

@@ -269,7 +269,7 @@ def test_a_speed_test_does_not_replace_the_summary_of_results(folder):
     before = {path: path.read_bytes() for path in Path("out").glob("**/*.*")}
     for more in ((), ("--overwrite",)):
         message = refusal(infer, "--model", "x.onnx", "--output", "out", "--output_dirname", "o", *more)
-        assert message == "out/o: results, whose summary this would replace; pass another --output_dirname"
+        assert message == "out/o_summary.json: of another run; pass another --output_dirname"
     assert {path: path.read_bytes() for path in Path("out").glob("**/*.*")} == before
 
 

@@ -170,7 +170,7 @@ def test_an_interrupted_overwrite_leaves_only_results_that_the_note_names(images
     obstacle.rmdir()
     obstacle = obstacle.with_name("ulm_9_leftImg8bit_0.bin.part")  # cannot be written
     obstacle.mkdir()
-    with pytest.raises(OSError, match=obstacle.name):
+    with pytest.raises(OSError, match=obstacle.stem):
         infer("--overwrite")
     new = expected(weights, images)
     assert contents("result/r") == {name: new[name] for name in new if not name.startswith("ulm_9")}
@@ -272,9 +272,26 @@ def test_results_into_the_input_folder_are_refused(images, capsys):
 
 
 def test_a_summary_of_zeros_is_not_replaced_unasked(images):
-    tool.main(["--model", "x.onnx", "--output", "result", "--output_dirname", "r", "--loop", "2"])
-    assert "pass another --output_dirname, or --overwrite" in infer()
+    speed = ["--model", "x.onnx", "--output", "result", "--output_dirname", "r", "--loop", "2"]
+    tool.main(speed)
+    message = "result/r: only a speed test's summary is here; pass another --output_dirname, or --overwrite"
+    assert infer() == message
     assert json.loads(SUMMARY.read_text())["NPU_compute_time"]["count"] == 2
+    save_small_model(Path("x.onnx"), seed=1)
+    for content in (SUMMARY.read_text(), '{"throughput": 1.0}'):  # another model's, ais_bench's
+        SUMMARY.write_text(content)
+        with pytest.raises(tool.InputError, match="of another run; pass another --output_dirname, or --overwrite"):
+            tool.main(speed)
+        assert SUMMARY.read_text() == content
+    tool.main([*speed, "--overwrite"])
+    assert json.loads(SUMMARY.read_text())["model_sha256"] == hashlib.sha256(Path("x.onnx").read_bytes()).hexdigest()
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(images):
+    Path("result/r").mkdir(parents=True)
+    result_of("ulm_10", 0).with_name("ulm_10_leftImg8bit_0.bin.part").symlink_to("/dev/full")
+    assert error_of(SCRIPT, *RUN) == "result/r/ulm_10_leftImg8bit_0.bin: No space left on device"
+    assert list(Path("result/r").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
@@ -289,8 +306,6 @@ def test_a_damaged_summary_is_written_again(images, content):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--model", "x.om"], "x.om: run it with `python3 -m ais_bench`"),
-        (["--model", "x.pth"], "x.pth: export it first, with intrada_pth2onnx.py"),
         (
             ["--provider", "cuda"],
             "this onnxruntime supports only cpu; pip3 uninstall onnxruntime, then pip3 install onnxruntime-gpu",

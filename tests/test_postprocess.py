@@ -30,7 +30,7 @@ def golden(tmp_path) -> Path:
     shutil.copytree(GOLDEN_DATA_DIR / "gtFine", tmp_path / "gtFine")
     (tmp_path / "r").mkdir()
     golden_logits().tofile(tmp_path / "r" / f"{GOLDEN_FRAME}_leftImg8bit_1.bin")
-    (tmp_path / "r_summary.json").write_text('{"args": [], "throughput": 1.0, "NPU_compute_time": {}}')
+    (tmp_path / "r_summary.json").write_text('{"args": [], "throughput": 1.0, "NPU_compute_time": {"mean": 1}}')
     return tmp_path
 
 
@@ -342,6 +342,22 @@ def test_results_of_another_split_are_warned_of(quarter, capsys):
     (quarter / "r" / "bonn_000000_000000_leftImg8bit_1.bin").touch()
     assert metrics_of(quarter)["miou"] == 0.25
     assert "bonn_000000_000000" in capsys.readouterr().err
+
+
+def test_label_maps_of_other_frames_are_warned_of(quarter, capsys):
+    for name in ("old_predicted_labelIds.png", "notes.png", f"{FRAME}_predicted_labelIds.png"):
+        (quarter / "maps").mkdir(exist_ok=True)
+        (quarter / "maps" / name).touch()
+    assert score(quarter, "--save_labels", quarter / "maps", "--save_colors", quarter / "maps") == 0
+    warning = f"warning: {quarter}/maps: has label maps of other frames: old_predicted_labelIds.png\n"
+    assert warning in capsys.readouterr().err
+
+
+def test_the_json_s_folder_is_made_before_and_a_folder_of_its_name_refused(quarter):
+    assert score(quarter, "--json", quarter / "new" / "m.json") == 0
+    assert (quarter / "new/m.json").is_file()
+    message = refusal(postprocess, quarter, quarter / "none", "--json", quarter / "new")
+    assert message == f"{quarter}/new: is a folder; expected a file to write"
 
 
 def test_a_name_in_two_cities_is_refused(quarter):

@@ -21,7 +21,10 @@ from tools import report
 FRAMES = [f"ulm_000000_{n:06}" for n in range(4)]
 
 
-ARGS_7 = '{"throughput": 1, "NPU_compute_time": {}, "args": 7}'
+ARGS_7 = '{"throughput": 1, "NPU_compute_time": {"mean": 1}, "args": 7}'
+NAN = '{"throughput": NaN, "NPU_compute_time": {"mean": 1}, "args": []}'
+NULL = '{"throughput": 1, "NPU_compute_time": {"mean": 1, "percentile(99%)": null}, "args": []}'
+ODD_FILES = '{"throughput": 1, "NPU_compute_time": {"mean": 1}, "args": [], "filesinfo": [1]}'
 
 
 @pytest.fixture
@@ -136,7 +139,51 @@ def test_devices_of_several_models_are_refused(folder, first):
     assert "results of several models" in refusal(postprocess, "data", "result/r")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"throughput": NaN}', '{"filesinfo": {}}', ARGS_7])
+@pytest.mark.parametrize(("devices", "place"), [("0", "r"), ("0,1", "r/device0_0")])
+def test_logits_that_ais_bench_s_summary_does_not_list_are_another_run_s(folder, capsys, devices, place):
+    """ais_bench keeps what is in its folder, and its next summary lists only what it wrote."""
+    infer_on_an_npu("r", "--device", devices, "--divide_input", "1")
+    whole = score("result/r")
+    for frame in (FRAMES[1], FRAMES[3]):
+        Path(f"prep/{frame}_leftImg8bit.bin").unlink()
+    infer_on_an_npu("r", "--device", devices, "--divide_input", "1")
+    message = refusal(postprocess, "data", "result/r")
+    assert message.startswith(f"{folder}/result/{place}_summary.json: does not list {FRAMES[1]}_leftImg8bit_1.bin")
+    assert message.endswith(
+        ": of another run; infer into a new folder; or, if all are of one model, move the summary away"
+    )
+    for path in Path("result").rglob("*_summary.json"):
+        path.unlink()
+    assert score("result/r")["miou"] == whole["miou"]
+    assert "which model inferred these logits is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("devices", ["0", "0,1"])
+def test_a_copy_of_results_and_summary_is_scored_as_they_are(folder, capsys, devices):
+    infer_on_an_npu("r", "--device", devices, "--divide_input", "1")
+    whole = score("result/r")
+    Path("other").mkdir()
+    subprocess.run("cp -r result/r* other && mv other/r_summary.json other/host_summary.json; mv other/r other/host",
+                   shell=True, check=True)  # fmt: skip
+    capsys.readouterr()
+    copied = score("other/host")
+    assert [copied[key] for key in ("miou", "confusion_matrix")] == [whole[key] for key in ("miou", "confusion_matrix")]
+    assert len(copied["summaries"]) == len(devices.split(","))
+    assert "summary" not in capsys.readouterr().err
+
+
+def test_logits_much_newer_than_their_summary_are_warned_of(folder, capsys):
+    """As where ais_bench crashed before it wrote a new one."""
+    infer_on_an_npu("r")
+    for minutes, warned in ((9, False), (11, True)):
+        for path in Path("result/r").iterdir():
+            os.utime(path, (1e9 + 60 * minutes, 1e9 + 60 * minutes))
+        os.utime("result/r_summary.json", (1e9, 1e9))
+        score("result/r")
+        assert ("result/r_summary.json: older than the logits" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", NAN, NULL, ODD_FILES, '{"filesinfo": {}}', ARGS_7])
 def test_a_missing_or_damaged_summary_is_left_out_with_a_warning(folder, capsys, content):
     infer("r")
     path = Path("result/r_summary.json")

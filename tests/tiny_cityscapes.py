@@ -196,6 +196,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     scenes = read_scenes()
+    others = [path for path in args.out.glob("*/*/*/*.png") if not path.name.startswith(tuple(scenes))]
+    if others:
+        raise SystemExit(f"{Path(__file__).name}: error: {others[0]}: is another frame; pass a folder of its own")
     for frame, (image_hwc, label) in scenes.items():
         write_frame(args.out, frame, image_hwc, label)
     if args.fit:

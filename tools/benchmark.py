@@ -39,6 +39,7 @@ from intrada_postprocess import (
     is_there,
     list_folder,
     read_json,
+    read_summary,
     run_script,
 )
 
@@ -184,12 +185,11 @@ def check_results(folder: Path, stems: list[str]) -> None:
 
 def read_speed(path: Path) -> dict[str, float]:
     """Read the figures from a summary of ais_bench or tools/infer.py; InputError if it is not complete."""
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        times = summary["NPU_compute_time"]
-        return {"frames/s": summary["throughput"], "ms a batch": times["mean"], "p99 ms": times["percentile(99%)"]}
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not a complete summary: {error!r}") from None
+    summary = read_summary(path)
+    if not summary:
+        raise InputError(f"{path}: missing, or not a complete summary")
+    times = summary["NPU_compute_time"]  # without p99 if ais_bench ran with --threads
+    return {"frames/s": summary["throughput"], "ms a batch": times["mean"], "p99 ms": times.get("percentile(99%)")}
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
@@ -221,8 +221,10 @@ def format_notes(rows: list[dict], args: argparse.Namespace) -> str:
     lines += [f"batch size {row['batch size']}: {row['failure']}" for row in rows if "failure" in row]
     scored = [str(args.output / f"bs{row['batch size']}_metrics.json") for row in rows if "mIoU %" in row]
     if scored:
-        report = ["python3", str(Path(sys.argv[0]).with_name("report.py")), *scored]
-        lines += ["HTML report:", "", f"    {format_command([*report, '--output', str(args.output / 'report.html')])}"]
+        script = Path(sys.argv[0])
+        report = script.resolve() if script.is_symlink() else script
+        command = ["python3", str(report.with_name("report.py")), *scored, "--output", str(args.output / "report.html")]
+        lines += ["HTML report:", "", f"    {format_command(command)}"]
     return "\n".join(lines)
 
 

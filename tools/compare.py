@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from intrada_postprocess import InputError, find_logits, first_five, read_logits, run_script
+from intrada_postprocess import InputError, find_logits, first_five, make_parent, read_logits, run_script
 
 # Source: Huawei's MindStudio 7.0.0, Model Accuracy Analyzer, Computation Accuracy Evaluation Indicators.
 MIN_COSINE, MAX_DISTANCE = 0.99, 0.05
@@ -39,15 +39,13 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[tuple[str, str], tu
         Both files of each frame and output, sorted by name.
 
     Raises:
-        InputError: it is the same folder, there are no files, a file is missing from one of them, or a frame lacks an
-            output in both.
+        InputError: there are no files, one is missing from a folder, a frame lacks an output in both, or they are the
+            same files.
     """
     results, baselines = find_logits(result_dir), find_logits(baseline_dir)
     for folder, found in ((result_dir, results), (baseline_dir, baselines)):
         if not found:
             raise InputError(f"{folder}: no <frame>_<output>.bin; expected what ais_bench or tools/infer.py wrote")
-    if result_dir.samefile(baseline_dir):
-        raise InputError(f"{result_dir} and {baseline_dir} are the same folder")
     for folder, extra in ((result_dir, results.keys() - baselines), (baseline_dir, baselines.keys() - results)):
         if extra:
             raise InputError(f"only {folder} has {len(extra)} of the results: {first_five(sorted(extra))}")
@@ -56,6 +54,9 @@ def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[tuple[str, str], tu
     missing = {f"{frame}_{output}" for frame in frames for output in outputs} - results.keys()
     if missing:
         raise InputError(f"both folders lack {len(missing)} of the results: {first_five(sorted(missing))}")
+    same = [result.name for result, baseline in pairs.values() if result.samefile(baseline)]
+    if same:
+        raise InputError(f"{result_dir} and {baseline_dir} have the same files: {first_five(same)}")
     return pairs
 
 
@@ -129,6 +130,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.json:
+        make_parent(args.json)
     pairs = find_pairs(args.result_dir, args.baseline_dir)
     progress = tqdm(pairs.items(), unit="file", disable=None)  # shown if stderr is a terminal
     measured = {frame_and_output: measure(*map(read_logits, paths)) for frame_and_output, paths in progress}

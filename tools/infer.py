@@ -18,6 +18,7 @@ of n takes every n-th frame and writes to OUTPUT/DIRNAME/device<r>.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -56,10 +57,6 @@ PROVIDERS.pop("azure", None)  # calls a service
 PACKAGES = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino",
             "cann": "onnxruntime-cann"}  # fmt: skip
 WITH_DEVICE_ID = "cuda", "tensorrt", "cann"
-OTHER_FORMATS = {
-    ".om": "run it with `python3 -m ais_bench`, or pass the .onnx",
-    ".pth": "export it first, with intrada_pth2onnx.py",
-}
 
 
 def load_model(path: Path, provider: str, device: int, threads: int) -> tuple[onnxruntime.InferenceSession, str]:
@@ -93,10 +90,7 @@ def load_model(path: Path, provider: str, device: int, threads: int) -> tuple[on
     expected = {"image": IMAGE_SHAPE, "output_0": LOGITS_SHAPE, "output_1": LOGITS_SHAPE}
     if found != [(name, "tensor(float)", shape) for name, shape in expected.items()]:
         described = ", ".join(f"{value.name} {value.type} {value.shape}" for value in values)
-        raise InputError(
-            f"{path}: has {described}; expected image of 3 x 512 x 1024, and output_0, output_1 of 19 x 65 x 129, "
-            "float; export it with intrada_pth2onnx.py"
-        )
+        raise InputError(f"{path}: has {described}; expected a model of intrada_pth2onnx.py")
     return session, hashlib.sha256(content).hexdigest()
 
 
@@ -122,25 +116,21 @@ def find_inputs(folder: Path) -> list[Path]:
 def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> list[Path]:
     """Make the folder and note what its results belong to; a run on zeros has a summary beside it and no folder.
 
-    Returns:
-        The inputs whose results are missing; if only the summary is, the last group.
-
-    Raises:
-        InputError: there are results of another model, provider or input, or of ais_bench, and no --overwrite; or any,
-            and this is a run on zeros.
+    Return the inputs whose results are missing; if only the summary is, the last group. InputError if there are results
+    of another model, provider or input, or of ais_bench, and no --overwrite.
     """
-    folder = args.folder
-    entries = list_folder(folder) if is_there(folder) else []
+    folder, note_path, summary_path = args.folder, *(json_path(args.folder, what) for what in ("model", "summary"))
+    entries, summary = list_folder(folder) if is_there(folder) else [], read_json(summary_path)
     results = [path for path in entries if re.fullmatch(r".+_[01]\.bin", path.name)]
     if not args.input:
-        if results:
-            raise InputError(f"{folder}: results, whose summary this would replace; pass another --output_dirname")
+        if results or (summary and not args.overwrite and any(summary.get(key) != note[key] for key in note)):
+            remedy = "" if results else ", or --overwrite"
+            raise InputError(f"{summary_path}: of another run; pass another --output_dirname{remedy}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
-    if (results or is_there(summary_path)) and not args.overwrite:
-        refuse_other_results(folder, note)
+    if (results or summary) and not args.overwrite:
+        refuse_other_results(folder, results, note, summary)
     else:  # in this order, so that at any moment what is there belongs to the note
         for path in (summary_path, *results, note_path):
             if is_there(path):
@@ -150,14 +140,15 @@ def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> 
     return missing or ([] if read_json(summary_path) else inputs[-args.batchsize :])
 
 
-def refuse_other_results(folder: Path, note: dict) -> None:
+def refuse_other_results(folder: Path, results: list[Path], note: dict, summary: dict) -> None:
     """Raise InputError if the results in a folder do not belong to the note, or ais_bench has written there since."""
-    old, summary = read_json(json_path(folder, "model")), read_json(json_path(folder, "summary"))
+    old = read_json(json_path(folder, "model"))
     kinds = {"model_sha256": "model", "provider": "provider", "inputs_sha256": "input"}
     differing = [kind for key, kind in kinds.items() if old.get(key) != note[key]]
     if differing or (summary and "model_sha256" not in summary):
         of = f"another {', '.join(differing)}" if old and differing else "ais_bench or of unknown origin"
-        raise InputError(f"{folder}: holds results of {of}; pass another --output_dirname, or --overwrite")
+        found = f"holds results of {of}" if results else "only a speed test's summary is here"
+        raise InputError(f"{folder}: {found}; pass another --output_dirname, or --overwrite")
 
 
 def json_path(folder: Path, what: str) -> Path:
@@ -177,12 +168,22 @@ def digest_inputs(paths: list[Path]) -> str:
 
 
 def write_group(folder: Path, group: list[Path], outputs: list[np.ndarray]) -> None:
-    """Write each frame's outputs, complete whenever they have their names; those of the padding are dropped."""
+    """Write each frame's outputs; those of the padding are dropped."""
     for n, path in enumerate(group):
         for target, logits in zip(name_targets(folder, path), outputs):
-            part = target.with_name(f"{target.name}.part")
-            part.write_bytes(logits[n].astype("<f4", copy=False).tobytes())
-            part.replace(target)
+            write(target, logits[n].astype("<f4", copy=False).tobytes())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that is complete whenever it has its name."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -321,8 +322,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.rank, args.ranks, local_rank, local_ranks = read_ranks(parser)
     args.device += local_rank
     args.threads = args.threads or max(1, count_cpus() // local_ranks)
-    if args.model.suffix in OTHER_FORMATS:
-        parser.error(f"{args.model}: {OTHER_FORMATS[args.model.suffix]}")
     if args.output_dirname and not args.output:
         parser.error("--output_dirname needs --output")
     if args.output and not args.output_dirname:

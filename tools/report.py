@@ -44,6 +44,7 @@ from intrada_postprocess import (
     find_by_frame,
     first_five,
     list_folder,
+    make_parent,
     mean_iou,
     percent,
     read_label,
@@ -113,7 +114,7 @@ def describe_summaries(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     provider = first.get("provider")
     fps = [float(summary["throughput"]) for summary in summaries]
     mean_ms = float(np.mean([float(time["mean"]) for time in times]))
-    p99_ms = max(float(time["percentile(99%)"]) for time in times)
+    p99_ms = [time.get("percentile(99%)") for time in times]  # missing with ais_bench's --threads
     end_to_end = [summary.get("end_to_end_throughput") for summary in summaries]
     folders = [re.search(r"^device(\d+)|$", str(summary["file"]))[1] for summary in summaries]
     devices = [str(summary.get("device", n or options.get("device", 0))) for n, summary in zip(folders, summaries)]
@@ -127,7 +128,12 @@ def describe_summaries(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "device": device if provider == "cpu" else f"{device}, device {', '.join(devices)}",
         "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items()),
         "date": str(first["date"]),
-        "speed": [sum(fps), mean_ms, p99_ms, None if None in end_to_end else sum(map(float, end_to_end))],
+        "speed": [
+            sum(fps),
+            mean_ms,
+            None if None in p99_ms else max(map(float, p99_ms)),
+            None if None in end_to_end else sum(map(float, end_to_end)),
+        ],
     }
 
 
@@ -302,7 +308,7 @@ def count_frames(run: dict[str, Any]) -> list[list[str]]:
 
 def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
     """Fill the page in; everything from files is escaped."""
-    loader = jinja2.FileSystemLoader(str(Path(__file__).parent))
+    loader = jinja2.FileSystemLoader(str(Path(__file__).resolve().parent))
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = percent
     first = runs[0]
@@ -345,6 +351,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    make_parent(args.output)
     runs = list(map(read_metrics, args.metrics))
     join_runs(runs)
     frames = draw_frames(runs, args)

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Segment any images with an .onnx or .om and draw the prediction over them.
 
-    IMAGE, or a folder, with all below   any size and format that Pillow opens; EXIF's rotation is applied
+    IMAGE, or a folder, with all below   any size and image format that Pillow opens; EXIF's rotation is applied
  -> OUTPUT/<name>_overlay.jpg            the prediction over the image, and below it the classes' shares of pixels
  -> OUTPUT/<name>_color.png              the prediction in Cityscapes' colors, a palette PNG of the image's size
- -> OUTPUT/shares.csv                    one row per image: <name>, and each class's fraction of the pixels, 0 to 1
+ -> OUTPUT/shares.csv                    one row per image: <name>, each class's fraction of the pixels, 0 to 1; entropy
+                                         (0: the model is sure, 1: it is not); the model that segmented it
 
 <name> is the image's path below the given folder without its suffix, and with it where two images would share a name;
 of several paths, a folder's own name comes first. The model sees all images at 1024 x 512 and knows street scenes. What
-cannot be segmented is reported at the end, with exit status 1; --skip_done resumes.
+cannot be segmented is listed at the end, with exit status 1; --skip_done resumes.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -21,10 +22,9 @@ import contextlib
 import csv
 import errno
 import functools
+import hashlib
 import io
-import mimetypes
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
 sys.path[:0] = map(str, [*Path(__file__).resolve().parents][:2])
-from infer import load_model, one_line, run_model
+from infer import load_model, one_line, run_model, write
 from intrada_postprocess import (
     LOGITS_SHAPE,
     NAMES,
@@ -57,29 +57,32 @@ with contextlib.suppress(ImportError):
 
     register_heif_opener()
 
-mimetypes.types_map.update({".db": "Thumbs.db", ".ini": "desktop.ini"})
-OUR_NAMES = re.compile(r"(.+_overlay\.jpg|.+_color\.png|shares\.csv)(\.part)?", re.DOTALL)
-ENDINGS = "overlay.jpg", "color.png"
-HEADER = ["image", *NAMES]
+SUFFIXES = Image.registered_extensions()
+IMAGE_SUFFIXES = {s for s, kind in SUFFIXES.items() if kind in Image.OPEN and Image.MIME.get(kind, "")[:6] == "image/"}
+NO_PHOTOS = "@eaDir", "#recycle", "$RECYCLE.BIN"  # thumbnails and deleted files, on a NAS and on Windows
+HEIF = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"  # how its content begins, after four bytes
+ENDINGS = "_overlay.jpg", "_color.png"
+HEADERS = ["image", *NAMES], ["image", *NAMES, "entropy", "model"]  # of an earlier version, and of this one
 SWATCH, ROW = 10, 16  # pixels of the legend, before it is enlarged
 
 
 def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
-    """Find the images, and those below folders, except what is in OUTPUT, by the name of their results.
-
-    Raises:
-        InputError: there are none, two results would have the same name, or OUTPUT holds other images than results.
-    """
-    others = [str(p) for p in (walk(output, set()) if is_there(output) else []) if not OUR_NAMES.fullmatch(p.name)]
-    if others:
-        raise InputError(f"{output}: has files that may be your images; pass another --output: {first_five(others)}")
-    visited, found = {output.resolve()}, []
+    """Find the images, and those below folders, by the name of their results; InputError for none, or a name twice."""
+    refuse_other_files(output)
+    visited, skipped, found = {output.resolve()}, Counter(), []
     for path in [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]:
         folder = path if path.is_dir() else path.parent
         start = Path(os.path.abspath(path)).name if len(paths) > 1 and path.is_dir() else ""  # noqa: PTH100
-        found += [(image, start / image.relative_to(folder)) for image in walk(path, visited)]
+        files = walk(path, visited)
+        if path.is_dir():
+            skipped.update(kind for kind in map(name_kind, files) if kind)
+            files = [file for file in files if not name_kind(file)]
+        found += [(image, start / image.relative_to(folder)) for image in files]
+    kinds = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
+    note = f"skipped, not images by their suffix: {sum(skipped.values())} ({kinds})" if skipped else ""
     if not found:
-        raise InputError(f"{first_five([str(path) for path in paths])}: no images")
+        raise InputError(f"{first_five([str(path) for path in paths])}: no images {note}".rstrip())
+    print(note, end="\n" * bool(note), file=sys.stderr)
     stems = Counter(place.with_suffix("") for _, place in found)
     names = [str(place if stems[place.with_suffix("")] > 1 else place.with_suffix("")) for _, place in found]
     counts = Counter(names)
@@ -89,56 +92,82 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     return {name: image for name, (image, _) in zip(names, found)}
 
 
+def refuse_other_files(output: Path) -> None:
+    """Raise InputError if OUTPUT has images, or a shares.csv, that this script did not write."""
+    ours = [*ENDINGS, "shares.csv"] if is_ours(output) else []
+    files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
+    files = [file for file in files if file.name == "shares.csv" or not name_kind(file)]
+    others = [str(file) for file in files if not file.name.endswith(tuple(ours))]
+    if others:
+        raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
+
+
 def walk(path: Path, visited: set[Path]) -> list[Path]:
-    """List a file, or what may be images below a folder, in a fixed order; a folder that was visited has none."""
+    """List a file, or those below a folder, in a fixed order; none that was visited, of earlier results or deleted."""
+    if path.resolve() in visited:
+        return []
+    visited.add(path.resolve())
     if not path.is_dir():
         return [path]
-    entries = [] if path.resolve() in visited else list_folder(path)
-    visited.add(path.resolve())
-    files = [file for entry in entries for file in walk(entry, visited)]
-    return [file for file in files if (mimetypes.guess_type(file.name)[0] or "image/").startswith("image/")]
+    entries = [] if is_ours(path) else [entry for entry in list_folder(path) if entry.name not in NO_PHOTOS]
+    return [file for entry in entries for file in walk(entry, visited)]
+
+
+def name_kind(file: Path) -> str:
+    """Name the kind of a file that is no image by its suffix, empty for an image."""
+    if file.exists() and not file.is_file():
+        return "no regular file"
+    return "" if file.suffix.lower() in IMAGE_SUFFIXES else file.suffix.lower() or "no suffix"
+
+
+def is_ours(folder: Path) -> bool:
+    """Return whether a folder has a shares.csv of this script."""
+    path = folder / "shares.csv"
+    return is_there(path) and path.read_text("utf-8", "replace").split("\n")[0].rstrip("\r") in map(",".join, HEADERS)
 
 
 def read_image(path: Path) -> Image.Image:
     """Decode an image as RGB: upright, 16-bit gray scaled to 8, on white where it is transparent; or InputError."""
+    head = b""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
+        with path.open("rb") as file:
+            head = file.read(12)
         with Image.open(path) as image:
-            if image.format == "TIFF" and path.suffix.lower() not in (".tif", ".tiff"):  # Pillow opens its thumbnail
+            if image.format == "TIFF" and path.suffix.lower() not in SUFFIXES:  # Pillow opens its thumbnail
                 raise ValueError("camera raw; convert it first")
+            tags = image.tag_v2 if image.format == "TIFF" else {}
             image.load()
             with contextlib.suppress(Exception):  # a damaged EXIF
                 image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # convert would clip at 255
-            values = np.asarray(image)
-            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-                raise ValueError("32 bits per sample; convert it to 8 or 16 first")
+            values, is_plain = np.asarray(image), tags.get(258, (16,)) == (16,) and tags.get(262) != 0
+            if not is_plain or image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError("not 16 bits from black to white; convert it to 8 bits first")
             image = Image.fromarray((values >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises nearly everything
-        remedy = "; HEIC needs the package pillow_heif" if path.suffix.lower() in (".heic", ".heif") else ""
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}{remedy}") from None
+        reason = getattr(error, "strerror", None) or one_line(error) or repr(error)
+        remedy = "; HEIC needs the package pillow_heif" if head[4:11] in HEIF else ""
+        raise InputError(f"{path}: {reason}{remedy}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- the results
 
 
 def tidy_shares(output: Path) -> dict[str, list[str]]:
-    """Read shares.csv, if it is there, and write it again: the last row of each image, sorted; return these by image.
-
-    Raises:
-        InputError: it was not written by this script.
-    """
+    """Read shares.csv, if there is one, and write it again: each image's last row, sorted; return these by image."""
     path = output / "shares.csv"
-    content = path.read_bytes() if is_there(path) else to_lines(HEADER)
+    content = path.read_bytes() if is_there(path) else to_lines(HEADERS[-1])
     header, *rows = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
-    if header != HEADER:
-        raise InputError(f"{path}: was not written by this script; pass another --output")
     complete = rows if content.endswith(b"\n") else rows[:-1]  # an interruption may cut the last one
-    shares = {row[0]: row for row in complete if len(row) == len(HEADER)}
-    write(path, to_lines(HEADER, *(shares[name] for name in sorted(shares))))
+    shares = {row[0]: row + [""] * (len(HEADERS[-1]) - len(row)) for row in complete if len(row) == len(header)}
+    output.mkdir(parents=True, exist_ok=True)
+    write(path, to_lines(HEADERS[-1], *(shares[name] for name in sorted(shares))))
     return shares
 
 
@@ -148,28 +177,24 @@ def to_lines(*rows: list[str]) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file that is complete whenever it has its name."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+def compute_entropy(logits_chw: np.ndarray) -> float:
+    """Average softmax's entropy over the grid, 0 to 1 (divided by log 19). Source: arXiv:2004.07703 ranks images so."""
+    shifted = logits_chw - logits_chw.max(axis=0)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=0)
+    return float(np.mean(np.log(total) - (weights * shifted).sum(axis=0) / total) / np.log(len(logits_chw)))
 
 
-def draw(photo: Image.Image, prediction: np.ndarray, target: str) -> np.ndarray:
+def draw(photo: Image.Image, prediction: np.ndarray, target: str, opacity: float) -> np.ndarray:
     """Write the overlay and the color map, and return the classes' fractions of the pixels."""
     color_map = Image.fromarray(prediction)
     fractions = np.array(color_map.histogram()[: len(NAMES)]) / prediction.size
     color_map.putpalette(PALETTE)
     legend = draw_legend(fractions, photo.size)
     overlay = Image.new("RGB", (max(photo.width, legend.width), photo.height + legend.height), "white")
-    overlay.paste(Image.blend(photo, color_map.convert("RGB"), 0.5))
+    overlay.paste(Image.blend(photo, color_map.convert("RGB"), opacity))
     overlay.paste(legend, (0, photo.height))
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
     jpg, png = io.BytesIO(), io.BytesIO()  # to which Pillow writes whole, and to a full disk perhaps not
     overlay.save(jpg, "JPEG", quality=90)
     color_map.save(png, "PNG", compress_level=1)
@@ -210,7 +235,7 @@ def load(args: argparse.Namespace) -> Callable[[np.ndarray], np.ndarray]:
     return lambda input_chw: session.infer([input_chw[None]])[1].reshape(LOGITS_SHAPE).astype(np.float32, copy=False)
 
 
-def segment(name: str, path: Path, infer: Callable[[np.ndarray], np.ndarray], output: Path) -> str | None:
+def segment(name: str, path: Path, infer: Callable[[np.ndarray], np.ndarray], args: argparse.Namespace) -> str | None:
     """Write an image's results, and its row of shares.csv last; return what is wrong with the image."""
     try:
         photo = read_image(path)
@@ -220,14 +245,17 @@ def segment(name: str, path: Path, infer: Callable[[np.ndarray], np.ndarray], ou
     if not np.isfinite(logits).all():
         return f"{path}: NaN or Inf in its logits, typically an FP16 overflow"
     try:
-        fractions = draw(photo, predict(logits, (photo.height, photo.width)), str(output / name))
+        prediction = predict(logits, (photo.height, photo.width))
+        fractions = draw(photo, prediction, str(args.output / name), args.opacity)
+    except MemoryError:
+        return f"{path}: out of memory"
     except OSError as error:  # a name is too long, or a side above JPEG's 65500 pixels
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # ends all
             raise
         return f"{error.filename or f'{path}: overlay'}: {error.strerror or error}"
-    line = to_lines([name, *(f"{fraction:.9f}" for fraction in fractions)])
-    with (output / "shares.csv").open("ab", buffering=0) as file:
-        file.write(line)  # in one piece, whatever other threads write
+    figures = [f"{figure:.9f}" for figure in (*fractions, compute_entropy(logits))]
+    with (args.output / "shares.csv").open("ab", buffering=0) as file:
+        file.write(to_lines([name, *figures, args.model_id]))  # in one piece, whatever other threads write
     return None
 
 
@@ -243,10 +271,10 @@ def segment_all(images: dict[str, Path], args: argparse.Namespace) -> list[str]:
             except Exception as error:  # ais_bench and what it imports raise nearly everything
                 raise InputError(f"{args.model}: {one_line(error)}") from None
 
-        segment_image = functools.partial(segment, infer=functools.partial(call, call(load, args)), output=args.output)
+        segment_image = functools.partial(segment, infer=functools.partial(call, call(load, args)), args=args)
         workers = min(4, count_cpus())  # a photo of 24 megapixels takes 0.4 GB
         errors = thread_map(segment_image, images, images.values(), max_workers=workers, unit="image", disable=None)
-    return [error for error in errors if error]
+        return [error for error in errors if error]
 
 
 def keep_stdout() -> TextIO:
@@ -263,29 +291,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("images", metavar="IMAGE_OR_FOLDER", type=Path, nargs="+", help="images, or folders, searched recursively")
     add("--output", metavar="DIR", type=Path, required=True, help="folder to write to; without other images")
     add("--skip_done", action="store_true", help="skip images that have results")
+    add("--opacity", metavar="X", type=float, default=0.5, help="of the prediction, 0 to 1 (default: %(default)s)")
     add("--device", metavar="ID", type=int, default=0, help="device of ais_bench or provider (default: %(default)s)")
     add("--provider", default="cpu", help="execution provider for an .onnx (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.model.suffix not in (".onnx", ".om"):
         parser.error("MODEL must be an .onnx or an .om")
+    if not 0 <= args.opacity <= 1:
+        parser.error("--opacity must be 0 to 1")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.model.stat()  # raises if there is none
+    args.model_id = f"{args.model.name} {hashlib.sha256(args.model.read_bytes()).hexdigest()[:12]}"
     images = find_images(args.images, args.output)
     shares = tidy_shares(args.output)  # before any work, since OUTPUT may be read-only
     stdout = keep_stdout() if args.model.suffix == ".om" else sys.stdout  # ais_bench prints a lot
     if args.skip_done:
-        done = {name for name in shares if all(is_there(Path(f"{args.output / name}_{ending}")) for ending in ENDINGS)}
+        done = {name for name, row in shares.items() if row[-1] == args.model_id}
+        done = {name for name in done if all(is_there(Path(f"{args.output / name}{ending}")) for ending in ENDINGS)}
         print(f"skipped, already done: {len(done & images.keys())}", file=stdout)
         images = {name: path for name, path in images.items() if name not in done}
     errors = segment_all(images, args)
     tidy_shares(args.output)
     print(f"overlays written to {args.output}: {len(images) - len(errors)}", file=stdout, flush=True)
     if errors:
-        raise InputError(f"{len(errors)} of {len(images)} images cannot be segmented: {first_five(errors, '; ')}")
+        print(*errors, sep="\n", file=sys.stderr)
+        raise InputError(f"{len(errors)} of {len(images)} images cannot be segmented; see above")
     return 0
 
 
