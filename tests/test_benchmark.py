@@ -71,8 +71,9 @@ def test_the_table_of_an_ascend_host(folder):
     assert "class" not in done.stdout + done.stderr and "sidewalk" in Path("bench/x/bs4.log").read_text()
 
 
-def test_the_report_s_command_below_the_table_can_be_pasted(folder):
-    done = benchmark("x", 1, 4, *SCORED)
+def test_the_report_s_command_below_the_table_can_be_pasted_also_where_the_script_is_a_link(folder):
+    Path("link.py").symlink_to(ROOT / SCRIPT)
+    done = run(Path("link.py").absolute(), "x", 1, 4, *SCORED, env=ascend_environment())
     subprocess.run(done.stdout.splitlines()[-2], shell=True, check=True, env=ascend_environment())
     page = Path("bench/x/report.html").read_text()
     assert "<h3>bs1_metrics</h3>" in page and "x_bs4.om" in page
@@ -194,6 +195,13 @@ def test_a_truncated_summary_and_an_ais_bench_that_writes_nothing_fail_their_row
     assert "No module named ais_bench" in run(SCRIPT, "x", 16, status=1).stderr
 
 
+def test_a_summary_without_a_p99_has_none_in_the_table(folder):
+    """As ais_bench's --threads leaves it."""
+    Path("ais_bench.py").write_text(WAITS.replace(', "percentile(99%)": 1100.0', ""))
+    (row,) = rows_of(run(SCRIPT, "x", 1, env={**os.environ, "PYTHONPATH": "."}))
+    assert row == ["1", "-", "-", "1.00", "1000.00", "-", "-", "47.52"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_inference_too_and_loses_no_row(folder, number):
     """The table has the first batch size; the second one hangs."""
@@ -220,7 +228,7 @@ if "--batchsize 4" in " ".join(sys.argv):
     pathlib.Path("pid.part").rename("pid")
     time.sleep(600)
 times = {"mean": 1000.0, "percentile(99%)": 1100.0}
-(folder / "bs1_summary.json").write_text(json.dumps({"throughput": 1.0, "NPU_compute_time": times}))
+(folder / "bs1_summary.json").write_text(json.dumps({"args": [], "throughput": 1.0, "NPU_compute_time": times}))
 """
 
 

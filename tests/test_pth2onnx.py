@@ -203,6 +203,12 @@ def test_an_older_torch_is_named(weights, tmp_path, monkeypatch):
     assert "torch 1.8.1+cpu is too old" in refusal(pth2onnx, weights, tmp_path / "x.onnx")
 
 
+def test_what_an_interrupted_export_left_is_replaced(weights, exported, tmp_path):
+    (tmp_path / "x.onnx.part").write_text("half of it")
+    assert pth2onnx.main([str(weights), str(tmp_path / "x.onnx"), "--skip_verify"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_file(weights, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, limits[1]))

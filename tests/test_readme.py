@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ import intrada_postprocess
 import intrada_preprocess
 import intrada_pth2onnx
 import tiny_cityscapes
-from support import ROOT, read_blocks, run
+from support import GOLDEN_DATA_DIR, ROOT, read_blocks, run
 
 NAMES = "README.md", "README_CN.md", "docs/tools.md", "docs/tools_CN.md", "docs/ascend.md"
 ENGLISH, CHINESE, TOOLS_GUIDE, TOOLS_CN, ASCEND_GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
@@ -115,6 +117,12 @@ def test_the_options_in_the_tables_are_those_of_help():
 # ---------------------------------------------------------------------------------------------------- the scripts
 
 
+@pytest.mark.parametrize("script", [f"tools/{path.name}" for path in ROOT.glob("tools/*.py")])
+def test_a_tool_runs_by_a_symbolic_link(script, tmp_path):
+    (tmp_path / "link.py").symlink_to(ROOT / script)
+    subprocess.run([sys.executable, "link.py", "--help"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
 @pytest.mark.parametrize("script", TRIO)
 def test_a_script_of_the_trio_runs_alone(script, tmp_path):
     shutil.copy(ROOT / script, tmp_path)
@@ -158,22 +166,76 @@ def test_make_run_runs_the_steps_in_order():
 def test_make_run_keeps_runs_apart_by_checkpoint_and_limit():
     (tiny, own, first) = (plan(*args) for args in ((), OWN_DATA, (*OWN_DATA, "LIMIT=20")))
     assert '"out/tiny/prep_val"' in tiny
-    assert '"out/my weights_on_d/prep_val" --split val' in own and "--limit" not in own
+    assert '"out/my_weights_on_d/prep_val" --split val' in own and "--limit" not in own
     assert first.count("--limit 20") == 2 and "--expect" not in plan("LIMIT=2")
-    assert '"out/my weights_on_d/prep_val_first20"' in first and "--output_dirname val_first20_cpu_bs1" in first
+    assert '"out/my_weights_on_d/prep_val_first20"' in first and "--output_dirname val_first20_cpu_bs1" in first
 
 
 OWN_DATA = "DATA=/d", "WEIGHTS=a/my weights.pth"
 
 
-def test_make_run_says_first_that_there_is_no_checkpoint(tmp_path):
-    (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
-    for name in ("requirements.txt", "requirements/constraints.txt", ".venv/installed"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    done = subprocess.run(["make", "run", *OWN_DATA], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr.startswith("a/my weights.pth: no such file\n")
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """The current folder, with the project's files and a .venv that is installed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+    names = "Makefile", "requirements.txt", "requirements", "tests", "tools", *TRIO
+    for name in names:
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / ".venv/installed").touch()
+    return tmp_path
+
+
+def make(*args: str, **settings: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *args], capture_output=True, text=True, env={**os.environ, **settings})
+
+
+def test_make_run_says_first_that_there_is_no_checkpoint(clone):
+    assert "a/my weights.pth: no such file\n" in make("run", *OWN_DATA).stderr
+    assert not Path("out").exists()
+
+
+def test_make_run_says_first_that_labels_are_missing_or_out_is_of_another_checkpoint(clone):
+    for n in (1, 2):
+        Path(f"{n} a").mkdir()
+        Path(f"{n} a/best.pth").write_text(f"<html>{n}")
+    data = shutil.copytree(GOLDEN_DATA_DIR, "my data")
+    run = "run", f"DATA={data}", "OUT=o"
+    (label,) = Path(data).glob("gtFine/*/*/*.png")
+    label.rename("label.png")
+    assert "my data/gtFine/val: no <city>/" in make(*run, "WEIGHTS=1 a/best.pth").stderr
+    assert list(Path("o").iterdir()) == []
+    Path("label.png").rename(label)
+    for _ in range(2):  # the same checkpoint may go on
+        assert "1 a/best.pth: not a checkpoint that torch can read" in make(*run, "WEIGHTS=1 a/best.pth").stderr
+    before = sorted(Path("o").iterdir())
+    assert "error: o: has results of another checkpoint; pass another OUT=" in make(*run, "WEIGHTS=2 a/best.pth").stderr
+    assert sorted(Path("o").iterdir()) == before
+
+
+@pytest.mark.parametrize("out", ["", "a b", "a:b"])
+def test_make_run_refuses_an_out_that_make_cannot_handle(clone, out):
+    assert f'OUT="{out}": expected a path without blanks and colons' in make("run", f"OUT={out}").stderr
+
+
+def test_make_clears_no_folder_of_the_user_s(clone):
+    Path(".venv/installed").unlink()
+    planned = make("-n", "setup", VENV="/home/of/the/user").stdout
+    assert "-m venv .venv\n" in planned and "/home/of/the/user" not in planned and "--clear" not in planned
+    assert "/data/tiny_cityscapes" in make("-n", "run", "OUT=/data").stdout
+
+
+def test_the_tiny_data_set_is_not_mixed_with_another(tmp_path):
+    shutil.copytree(GOLDEN_DATA_DIR, tmp_path / "cityscapes")
+    before = sorted(tmp_path.rglob("*"))
+    stderr = run("tests/tiny_cityscapes.py", tmp_path / "cityscapes", status=1).stderr
+    assert stderr.startswith("tiny_cityscapes.py: error: ") and stderr.endswith(
+        ": is another frame; pass a folder of its own\n"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_make_run_needs_data_and_weights_together():

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import intrada_postprocess as postprocess
-from support import LABEL_IDS, error_of, refusal, run
+from support import LABEL_IDS, ROOT, error_of, refusal, run
 from tools import report
 
 SCRIPT = "tools/report.py"
@@ -373,6 +373,13 @@ def test_names_in_files_are_data_and_never_markup(folder):
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
 
 
+def test_a_link_to_the_script_writes_the_same_page(folder):
+    make_page(folder)
+    (folder / "link.py").symlink_to(ROOT / SCRIPT)
+    run(folder / "link.py", "m.json")
+    assert Path("report.html").read_bytes() == Path("page.html").read_bytes()
+
+
 def test_the_same_inputs_give_the_same_bytes_and_no_clock(folder):
     change(folder, "m.json", summaries=[AIS_BENCH])
     pages = set()
@@ -469,6 +476,12 @@ def test_a_record_of_an_earlier_version_says_score_again(folder):
     del old["summaries"]
     Path("m.json").write_text(json.dumps(old))
     assert "score the results again" in refusal(report, "m.json")
+
+
+def test_the_page_s_folder_is_made_before_and_a_folder_of_its_name_refused(folder):
+    assert report.main(["m.json", "--output", "new/page.html"]) == 0
+    Path("folder.html").mkdir()
+    assert refusal(report, "none.json", "--output", "folder.html").startswith("folder.html: is a folder; ")
 
 
 def test_a_missing_file_is_one_line_and_status_1_and_wrong_usage_is_2(folder):
