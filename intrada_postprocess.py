@@ -426,6 +426,7 @@ def summarise_frame(name: str, confusion: np.ndarray) -> dict:
         "miou": mean_iou(confusion),
         "pixel_accuracy": float(np.trace(confusion) / confusion.sum()) if confusion.any() else None,
         "iou": by_name(NAMES, compute_iou(confusion)),
+        "truth": confusion.sum(axis=1).tolist(),
     }
 
 
@@ -467,6 +468,10 @@ def format_table(metrics: dict) -> str:
     for name, iou, recall, share in zip(NAMES, *columns):
         lines.append(f"{name:<15}{percent(iou):>8}{percent(recall):>10}{percent(share):>13}")
     lines.append(f"{'mean':<15}{percent(metrics['miou']):>8}{percent(metrics['mean_class_accuracy']):>10}")
+    only_predicted = np.count_nonzero(confusion[:, truth == 0].any(axis=0))
+    if only_predicted:
+        rest = percent(np.mean(compute_iou(confusion)[truth > 0]))
+        lines.append(f"classes that are only predicted, and count 0: {only_predicted}; mean over the others: {rest} %")
     lines.append(f"\nframes: {metrics['frames']}, pixel accuracy {percent(metrics['pixel_accuracy'])} %")
     lines.append(f"\nmIoU = {percent(metrics['miou'])}")
     if "expected" in metrics:

@@ -4,7 +4,8 @@
    WEIGHTS    state dict of DeepLabv2 (ResNet-101), 640 tensors, FP32, about 180 MB
 -> ONNX       opset 11; input  image              float32 (batch, 3, 512, 1024)
                         output output_0, output_1 float32 (batch, 19, 65, 129), auxiliary and main logits
-              only Conv, Relu, MaxPool and Add (batch norm is folded), only the batch is dynamic
+              only Conv, Relu, MaxPool and Add (batch norm is folded), only the batch is dynamic; its metadata
+              says how an image becomes the input, and names the classes
 
    $ python3 intrada_pth2onnx.py cityscapes_easy2hard_intrada_with_norm.pth intraDA_deeplabv2.onnx
    batch 1: ONNX Runtime differs from torch by at most 5.4e-06 of the largest logit
@@ -35,6 +36,12 @@ HEIGHT, WIDTH = 512, 1024
 LOGITS_HEIGHT, LOGITS_WIDTH = 65, 129
 NUM_CLASSES = 19
 OPSET = 11  # which ATC of CANN 5 to 8 takes
+# What the model's metadata says about its use.
+METADATA = {
+    "input": "RGB image, bicubic to 1024 x 512, BGR minus 104.00698793 116.66876762 122.67891434, NCHW float32",
+    "classes": "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,"
+    "rider,car,truck,bus,train,motorcycle,bicycle",
+}
 TOLERANCE = 1e-3  # of the largest logit, between torch and ONNX Runtime
 
 
@@ -227,6 +234,7 @@ def write_graph(network: DeepLabV2) -> bytes:
         ir_version=6,  # the oldest that has this opset, so that the oldest readers take it
         producer_name="intrada_pth2onnx.py",
     )
+    helper.set_model_props(model, METADATA)
     make_value = helper.make_tensor_value_info
     model.graph.input.append(make_value("image", TensorProto.FLOAT, ["batch", 3, HEIGHT, WIDTH]))
     for output in ("output_0", "output_1"):

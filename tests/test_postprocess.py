@@ -60,8 +60,9 @@ def test_the_golden_frame_gives_the_reference_matrix_iou_and_table(golden):
     assert metrics["confusion_matrix"] == expected["confusion"]
     assert list(metrics["iou"].values()) == pytest.approx(expected["iou"], abs=1e-12)
     assert metrics["miou"] == pytest.approx(expected["miou"], abs=1e-12)
-    keys = "miou", "pixel_accuracy", "iou"  # of one frame the same as of the split
-    assert metrics["per_frame"] == [{"frame": GOLDEN_FRAME, **{key: metrics[key] for key in keys}}]
+    of_frame = {key: metrics[key] for key in ("miou", "pixel_accuracy", "iou")}  # of one frame the same as of the split
+    truth = [sum(row) for row in expected["confusion"]]
+    assert metrics["per_frame"] == [{"frame": GOLDEN_FRAME, **of_frame, "truth": truth}]
     assert (metrics["frames"], metrics["split"]) == (1, "val")
     lines = done.stdout.splitlines()
     assert lines[1].split() == ["road", "98.16", "98.94", "26.11"]
@@ -139,7 +140,7 @@ def test_the_prediction_is_torch_s_at_full_size(noise):
 # ---------------------------------------------------------------------------------------------------- metrics by hand
 
 
-def test_classes_are_scored_over_all_frames_at_once(tmp_path):
+def test_classes_are_scored_over_all_frames_at_once(tmp_path, capsys):
     road, bicycle, sky, ignored = 0, 18, 10, 255
     truth, prediction = ROAD.copy(), ROAD.copy()
     truth[:, :29] = bicycle
@@ -169,8 +170,10 @@ def test_classes_are_scored_over_all_frames_at_once(tmp_path):
         "frequency_weighted_iou": weighted_iou,
     }.items():
         assert metrics[key] == pytest.approx(value), key
-    of_frame = {"frame": FRAME, "miou": 1.0, "pixel_accuracy": 1.0}
+    of_frame = {"frame": FRAME, "miou": 1.0, "pixel_accuracy": 1.0, "truth": [35 * 129, *[0] * 18]}
     assert metrics["per_frame"][1] == {**of_frame, "iou": {**dict.fromkeys(metrics["iou"]), "road": 1.0}}
+    printed = "classes that are only predicted, and count 0: 1; mean over the others: "
+    assert f"\n{printed}{50 * (iou['road'] + iou['bicycle']):.2f} %\n" in capsys.readouterr().out
 
 
 def test_a_frame_without_any_class_has_no_miou_and_changes_nothing(quarter):

@@ -156,6 +156,7 @@ def test_the_export_has_what_atc_takes(exported):
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in [*model.graph.input, *model.graph.output]
     }
+    assert {entry.key: entry.value for entry in model.metadata_props} == pth2onnx.METADATA
     logits = ["batch", 19, 65, 129]
     assert shapes == {"image": ["batch", 3, 512, 1024], "output_0": logits, "output_1": logits}
 

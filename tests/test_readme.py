@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -11,13 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import intrada_postprocess
 import intrada_preprocess
 import intrada_pth2onnx
 import tiny_cityscapes
-from support import GOLDEN_DATA_DIR, ROOT, read_blocks, run
+from support import GOLDEN, GOLDEN_DATA_DIR, LABEL_IDS, ROOT, read_blocks, run, save_small_model
 
 NAMES = "README.md", "README_CN.md", "docs/tools.md", "docs/tools_CN.md", "docs/ascend.md"
 ENGLISH, CHINESE, TOOLS_GUIDE, TOOLS_CN, ASCEND_GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in NAMES)
@@ -80,6 +83,39 @@ def test_nothing_leaves_the_machine(walk):
     assert list((walk.folder / "home").iterdir()) == []
 
 
+def python_blocks(name: str) -> list[str]:
+    return re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def test_the_snippets_for_own_code_give_the_golden_input_and_the_tiny_miou(walk, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert python_blocks("own_code.md") == python_blocks("own_code_CN.md")
+    to_logits, to_maps, to_file = python_blocks("own_code.md")
+    save_small_model(Path("intraDA_deeplabv2.onnx"))
+    shutil.copy(next(GOLDEN_DATA_DIR.glob("leftImg8bit/*/*/*.png")), "photo.png")
+    names = {}
+    exec(to_logits, names)
+    assert hashlib.sha256(names["input_nchw"].tobytes()).hexdigest() == GOLDEN["preprocess"]["sha256"]
+    Path("result/mine").mkdir(parents=True)
+    exec(to_file, names)
+    (written,) = Path("result/mine").iterdir()
+    assert written.read_bytes() == names["logits"][0].tobytes()
+
+    confusion = np.zeros((19, 19), np.int64)
+    for label in (walk.folder / "tiny_cityscapes").glob("gtFine/*/*/*_labelIds.png"):
+        frame = label.name[: -len("_gtFine_labelIds.png")]
+        logits = np.fromfile(walk.folder / f"result_onnx/result_bs1/{frame}_leftImg8bit_1.bin", "<f4")
+        names.update(logits=logits.reshape(1, 19, 65, 129), image=Image.open(label).convert("RGB"))
+        exec(to_maps, names)
+        found = np.searchsorted(LABEL_IDS, np.asarray(Image.open("label_map.png"))).astype(np.uint8)
+        confusion += intrada_postprocess.count_pixels(intrada_postprocess.read_label(label), found)
+        assert Image.open("overlay.png").size == (2048, 1024)
+    metrics = json.loads((walk.folder / "metrics_bs1.json").read_text())
+    assert intrada_postprocess.mean_iou(confusion) == pytest.approx(metrics["miou"], abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------- the text
 
 
@@ -133,6 +169,9 @@ def test_facts_that_two_scripts_hold_are_equal():
     assert (intrada_preprocess.HEIGHT, intrada_preprocess.WIDTH) == (intrada_pth2onnx.HEIGHT, intrada_pth2onnx.WIDTH)
     logits_shape = intrada_pth2onnx.NUM_CLASSES, intrada_pth2onnx.LOGITS_HEIGHT, intrada_pth2onnx.LOGITS_WIDTH
     assert logits_shape == intrada_postprocess.LOGITS_SHAPE
+    assert intrada_pth2onnx.METADATA["classes"].split(",") == intrada_postprocess.NAMES
+    means = re.findall(r"\d+\.\d+", intrada_pth2onnx.METADATA["input"])
+    assert [np.float32(mean) for mean in means] == list(intrada_preprocess.MEAN_BGR)
     classes = [(label_id, name) for label_id, name, _, _ in intrada_postprocess.CLASSES]
     assert classes == [(facts[0], name) for name, facts in list(tiny_cityscapes.CLASSES.items())[:19]]
 

@@ -263,8 +263,9 @@ def test_the_runs_iou_stand_side_by_side_with_the_change_of_each_class(folder):
 
 
 def test_frames_have_their_miou_in_every_run_and_those_that_changed_most_are_linked(folder):
-    rows = read(folder)["per_frame"]
-    changed = [{**row, "miou": row["miou"] + step} for row, step in zip(rows, (0.01, -0.02, *[0] * 5))]
+    rows = read(folder)["per_frame"]  # of four classes each
+    steps = zip(rows, (0.01, -0.02, *[0] * 5))
+    changed = [{**row, "iou": {**row["iou"], "sky": row["iou"]["sky"] + 4 * step}} for row, step in steps]
     change(folder, "b.json", per_frame=changed, label_maps=None)
     page = make_page(folder, metrics=("m.json", "b.json"))
     assert {name for name, image in page.images("image").items() if image.size == report.LARGE} == set(FRAMES)
@@ -273,7 +274,7 @@ def test_frames_have_their_miou_in_every_run_and_those_that_changed_most_are_lin
         ("bad", "-2.00", FRAMES[1]),
         ("good", "+1.00", FRAMES[0]),
     ]
-    assert f"{FRAMES[0]} {100 * rows[0]['miou']:.2f}, {100 * changed[0]['miou']:.2f}" in page.text
+    assert f"{FRAMES[0]} {100 * rows[0]['miou']:.2f}, {100 * rows[0]['miou'] + 1:.2f}" in page.text
 
 
 def test_large_frames_show_both_predictions_and_what_became_of_each_pixel(folder):
@@ -313,7 +314,56 @@ def test_large_frames_show_both_predictions_and_what_became_of_each_pixel(folder
 def test_a_frame_has_its_pixel_accuracy_beside_its_miou(folder):
     row = read(folder)["per_frame"][6]
     page = make_page(folder)
-    assert f"{100 * row['miou']:.2f} % mIoU; pixel accuracy {100 * row['pixel_accuracy']:.2f} %" in page.text
+    score = f"{100 * row['miou']:.2f} % mIoU over the classes in the frame's ground truth"
+    assert f"{score}; pixel accuracy {100 * row['pixel_accuracy']:.2f} %" in page.text
+
+
+def test_frames_are_ranked_over_the_classes_of_their_ground_truth(folder):
+    """By hand: a clean frame of two classes with two stray pixels, and a noisy one of four."""
+    clean = np.full((64, 128), ROAD)
+    clean[:32] = SKY
+    stray = clean.copy()
+    stray[0, :2] = 13, 14  # car and truck, which the frame does not have
+    noisy = np.repeat([ROAD, SIDEWALK, BUILDING, SKY], 16)[:, None].repeat(128, axis=1)
+    noise = noisy.copy()
+    noise[:, :32] = SIDEWALK  # a quarter of road, building and sky
+    frames = {"clean": (clean, stray), "noisy": (noisy, noise)}
+    confusions = [add_frame(folder, frame, *maps) for frame, maps in frames.items()]
+    files = [postprocess.Frame(frame, folder, folder) for frame in frames]
+    change(folder, "two.json", **postprocess.summarise(files, confusions))
+    page = make_page(folder, metrics=("two.json",))
+    sky, road = 4094 / 4096, 1
+    by_hand = {"noisy": (3 * 0.75 + 2048 / (2048 + 3 * 512)) / 4, "clean": (sky + road) / 2}
+    assert list(page.images("image")) == list(by_hand)  # the worst first
+    for frame, score in by_hand.items():
+        assert f"{frame} {100 * score:.2f} % mIoU over the classes in the frame's ground truth" in page.text
+    old = read(folder, "two.json")["per_frame"]
+    assert [row["miou"] for row in old] == pytest.approx([(sky + road) / 4, by_hand["noisy"]])
+    for row in old:
+        del row["truth"]
+    change(folder, "old.json", **{**read(folder, "two.json"), "per_frame": old})  # a record of an earlier version
+    page = make_page(folder, metrics=("old.json",))
+    assert list(page.images("image")) == ["clean", "noisy"]
+    assert "the frame's ground truth" not in page.text
+
+
+def test_each_class_links_to_what_it_is_confused_with_and_to_its_worst_frames(folder):
+    confusion = np.array(read(folder)["confusion_matrix"])
+    page = make_page(folder)
+    card = page.source.split('id="class-road"')[1].split("</dl>")[0]
+    in_fact = [(confusion[n, ROAD] / confusion[:, ROAD].sum(), NAMES[n]) for n in (SIDEWALK, BUILDING)]
+    shown = ", ".join(f"{name} {100 * share:.1f} %" for share, name in in_fact)
+    assert re.search(r"predicted as</dt><dd>\s*-\s*</dd>", card)
+    assert text_of(f">{card.split('in fact</dt>')[1].split('</dd>')[0]}") == shown
+    card = page.source.split('id="class-sidewalk"')[1].split("</dl>")[0]
+    assert f"road&nbsp;{100 * confusion[1, 0] / confusion[1].sum():.1f}&nbsp;%" in card
+    assert re.findall('href="#(.*?)"', card) == FRAMES[:1:-1]  # five, the worst first
+    assert {"class-road", "class-sidewalk"} <= set(re.findall('href="#(.*?)"', page.source.split("<table")[1]))
+    rows = read(folder)["per_frame"]
+    rows[6]["truth"][SIDEWALK] = 5  # of 5285 pixels, below 0.1 %
+    change(folder, "m.json", per_frame=rows)
+    card = make_page(folder).source.split('id="class-sidewalk"')[1].split("</dl>")[0]
+    assert re.findall('href="#(.*?)"', card) == FRAMES[5:0:-1]
 
 
 def test_frames_are_sorted_from_the_lowest_miou_and_the_first_five_are_large(folder):

@@ -60,7 +60,7 @@ COLORS = [*(color for _, _, _, color in CLASSES), "#000000", "#ffffff", "#1a9641
 TRAIN_ID_OF = np.full(256, IGNORED, np.uint8)
 TRAIN_ID_OF[LABEL_IDS] = range(len(CLASSES))
 
-LARGE_FRAMES, RUN_CONFUSIONS, FRAME_CONFUSIONS, CHANGED_FRAMES = 5, 8, 3, 10
+LARGE_FRAMES, RUN_CONFUSIONS, FRAME_CONFUSIONS, CHANGED_FRAMES, WORST_FRAMES = 5, 8, 3, 10, 5
 AVERAGES = "miou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou"
 SMALL, LARGE = (192, 96), (1024, 512)  # width, height of a panel
 
@@ -69,7 +69,7 @@ WRONG_VALUE = ValueError, LookupError, TypeError, AttributeError, OverflowError,
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a run's record: its frames from the lowest mIoU, and `confusion` (19, 19), row = ground truth.
+    """Read a run's record: its frames, and `confusion` (19, 19), row = ground truth.
 
     Raises:
         InputError: it is not what intrada_postprocess.py --json wrote.
@@ -78,7 +78,9 @@ def read_metrics(path: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
         if "per_frame" in metrics and "summaries" not in metrics:
             raise InputError(f"{path}: written by an earlier version; score the results again")
-        rows = [{"frame": str(row["frame"]), "miou": to_float(row["miou"]), "accuracy": to_float(row["pixel_accuracy"])}
+        rows = [{"frame": str(row["frame"]), "miou": to_float(row["miou"]), "accuracy": to_float(row["pixel_accuracy"]),
+                 "iou": [to_float(row["iou"][name]) for name in NAMES] if "iou" in row else None,
+                 "truth": np.array(row["truth"], np.int64).reshape(len(NAMES)) if "truth" in row else None}
                 for row in metrics["per_frame"]]  # fmt: skip
         expected = metrics.get("expected")
         return {
@@ -93,7 +95,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
             **{key: float(metrics[key]) for key in AVERAGES},
             "iou": {name: to_float(metrics["iou"][name]) for name in NAMES},
             "confusion": np.array(metrics["confusion_matrix"], np.int64).reshape(len(NAMES), len(NAMES)),
-            "per_frame": sorted(rows, key=lambda row: (row["miou"] is None, row["miou"], row["frame"])),
+            "per_frame": rows,
             "expected": expected and {key: float(expected[key]) for key in ("percent", "tolerance", "passed")},
         }
     except WRONG_VALUE as error:
@@ -124,7 +126,7 @@ def describe_summaries(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "SHA-256": str(first.get("model_sha256", ""))[:12],
         "batch size": int(
             first.get("batchsize") or round(fps[0] * float(times[0]["mean"]) / 1000)
-        ),  # as ais_bench does
+        ),  # as ais_bench has it
         "device": device if provider == "cpu" else f"{device}, device {', '.join(devices)}",
         "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items()),
         "date": str(first["date"]),
@@ -138,16 +140,26 @@ def describe_summaries(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def join_runs(runs: list[dict[str, Any]]) -> None:
-    """Name each run by its file, and add to each frame of the first its mIoU in every run; or InputError."""
+    """Name each run by its file; add to the first's frames `mious` and `scores` of all runs, and sort them by these."""
     first, stems = runs[0], Counter(run["path"].stem for run in runs)
-    by_frame = [{row["frame"]: row["miou"] for row in run["per_frame"]} for run in runs]
-    for run, mious in zip(runs, by_frame):
+    by_frame = [{row["frame"]: row for row in run["per_frame"]} for run in runs]
+    for run, frames in zip(runs, by_frame):
         run["name"] = run["path"].stem if stems[run["path"].stem] == 1 else str(run["path"])
         same_truth = (run["confusion"].sum(axis=1) == first["confusion"].sum(axis=1)).all()
-        if mious.keys() != by_frame[0].keys() or not same_truth:
+        if frames.keys() != by_frame[0].keys() or not same_truth:
             raise InputError(f"{run['path']}: of other frames or other ground truth than {first['path']}")
     for row in first["per_frame"]:
-        row["mious"] = [mious[row["frame"]] for mious in by_frame]
+        row["mious"] = [frames[row["frame"]]["miou"] for frames in by_frame]
+        row["scores"] = [score(frames[row["frame"]], row["truth"]) for frames in by_frame]
+    first["per_frame"].sort(key=lambda row: (row["scores"][0] is None, row["scores"][0], row["frame"]))
+
+
+def score(row: dict[str, Any], truth: np.ndarray | None) -> float | None:
+    """Average a frame's IoU over the classes in its ground truth; its mIoU if a record has no `truth`."""
+    if truth is None or row["iou"] is None:
+        return row["miou"]
+    ious = [iou for iou, pixels in zip(row["iou"], truth) if pixels and iou is not None]
+    return float(np.mean(ious)) if ious else None
 
 
 # ---------------------------------------------------------------------------------------------------- drawing frames
@@ -279,31 +291,45 @@ def find_confusions(shares: np.ndarray, largest: int) -> list[tuple[float, str, 
 
 
 def find_changed_frames(first: dict[str, Any], other: int) -> list[tuple[float, str]]:
-    """Find the frames whose mIoU changed most from the first run to another, up or down, and by how much."""
-    mious = [(row["frame"], row["mious"][0], row["mious"][other]) for row in first["per_frame"]]
-    changes = [(after - before, frame) for frame, before, after in mious if None not in (before, after)]
+    """Find the frames whose score changed most from the first run to another, up or down, and by how much."""
+    scores = [(row["frame"], row["scores"][0], row["scores"][other]) for row in first["per_frame"]]
+    changes = [(after - before, frame) for frame, before, after in scores if None not in (before, after)]
     largest = sorted(changes, key=lambda change: (-abs(change[0]), change[1]))[:CHANGED_FRAMES]
     return sorted(change for change in largest if abs(change[0]) >= 0.00005)
 
 
 def list_classes(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """List each class's IoU in every run with its change, and the first run's other figures; the lowest IoU first."""
+    """List each class's IoU in every run with its change, and the first run's other figures; the lowest IoU first.
+
+    Of the first run also what its pixels are `predicted_as`, as shares of its ground truth, what is predicted as it but
+    `in_fact` is another, as shares of its predictions, and its `worst` frames, where it has 0.1 % of the pixels.
+    """
     confusion = runs[0]["confusion"]
     hits, truth, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     with np.errstate(invalid="ignore"):  # 0 / 0 of a class that does not occur is NaN
-        figures = zip(hits / truth, hits / predicted, truth / truth.sum())
+        figures = list(zip(hits / truth, hits / predicted, truth / truth.sum()))
+        shares = {"predicted_as": confusion / truth[:, None], "in_fact": (confusion / predicted).T}
     rows = []
-    for name, figures_of_class in zip(NAMES, figures):
+    for n, name in enumerate(NAMES):
         iou, *others = (run["iou"][name] for run in runs)
         changes = [(other, None if None in (iou, other) else other - iou) for other in others]
-        rows.append({"name": name, "iou": iou, "others": changes, "figures": figures_of_class})
+        lists = {key: find_largest(np.delete(of[n], n), np.delete(NAMES, n)) for key, of in shares.items()}
+        frames = [row for row in runs[0]["per_frame"] if row["truth"] is not None and row["iou"][n] is not None]
+        worst = sorted((row["iou"][n], row["frame"]) for row in frames if row["truth"][n] >= 0.001 * row["truth"].sum())
+        rows.append({"name": name, "iou": iou, "others": changes, "figures": figures[n], "worst": worst[:WORST_FRAMES],
+                     **lists})  # fmt: skip
     return sorted(rows, key=lambda row: (row["iou"] is None, row["iou"]))
 
 
+def find_largest(shares: np.ndarray, names: np.ndarray) -> list[tuple[float, str]]:
+    """Find the largest shares of a class's pixels, at most three."""
+    return [(shares[n], names[n]) for n in np.argsort(-shares, kind="stable")[:3] if shares[n] >= 0.0005]
+
+
 def count_frames(run: dict[str, Any]) -> list[list[str]]:
-    """Sort the frames into bins of 5 points of mIoU; the last bin includes 100 %."""
-    rows = [row for row in run["per_frame"] if row["miou"] is not None]
-    return [[row["frame"] for row in rows if min(int(20 * row["miou"]), 19) == n] for n in range(20)]
+    """Sort the frames into bins of 5 points of their score; the last bin includes 100 %."""
+    scores = {row["frame"]: row["scores"][0] for row in run["per_frame"] if row["scores"][0] is not None}
+    return [[frame for frame, score in scores.items() if min(int(20 * score), 19) == n] for n in range(20)]
 
 
 def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
@@ -328,6 +354,7 @@ def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
         confusions=find_confusions(shares, RUN_CONFUSIONS),
         matrix=list(zip(NAMES, shares)),
         bins=count_frames(first),
+        by_truth=all(row["truth"] is not None for row in first["per_frame"]),
         large=[frame for frame in frames if frame["size"] == LARGE],
         small=[frame for frame in frames if frame["size"] != LARGE],
     )

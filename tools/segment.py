@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -82,7 +82,8 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     note = f"skipped, not images by their suffix: {sum(skipped.values())} ({kinds})" if skipped else ""
     if not found:
         raise InputError(f"{first_five([str(path) for path in paths])}: no images {note}".rstrip())
-    print(note, end="\n" * bool(note), file=sys.stderr)
+    if note:
+        print(note, file=sys.stderr)
     stems = Counter(place.with_suffix("") for _, place in found)
     names = [str(place if stems[place.with_suffix("")] > 1 else place.with_suffix("")) for _, place in found]
     counts = Counter(names)
@@ -96,8 +97,8 @@ def refuse_other_files(output: Path) -> None:
     """Raise InputError if OUTPUT has images, or a shares.csv, that this script did not write."""
     ours = [*ENDINGS, "shares.csv"] if is_ours(output) else []
     files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
-    files = [file for file in files if file.name == "shares.csv" or not name_kind(file)]
-    others = [str(file) for file in files if not file.name.endswith(tuple(ours))]
+    others = [file for file in files if not file.name.endswith(tuple(ours))]
+    others = [str(file) for file in others if file.name == "shares.csv" or not name_kind(file)]
     if others:
         raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
 
@@ -272,16 +273,8 @@ def segment_all(images: dict[str, Path], args: argparse.Namespace) -> list[str]:
                 raise InputError(f"{args.model}: {one_line(error)}") from None
 
         segment_image = functools.partial(segment, infer=functools.partial(call, call(load, args)), args=args)
-        workers = min(4, count_cpus())  # a photo of 24 megapixels takes 0.4 GB
-        errors = thread_map(segment_image, images, images.values(), max_workers=workers, unit="image", disable=None)
-        return [error for error in errors if error]
-
-
-def keep_stdout() -> TextIO:
-    """Send what is printed on stdout, in C++ too, to stderr, and return a file that is still stdout."""
-    stdout = os.fdopen(os.dup(1), "w", errors="backslashreplace")
-    os.dup2(2, 1)
-    return stdout
+        options = {"max_workers": min(4, count_cpus()), "unit": "image", "disable": None}  # 24 megapixels take 0.4 GB
+        return [error for error in thread_map(segment_image, images, images.values(), **options) if error]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -307,7 +300,10 @@ def main(argv: list[str] | None = None) -> int:
     args.model_id = f"{args.model.name} {hashlib.sha256(args.model.read_bytes()).hexdigest()[:12]}"
     images = find_images(args.images, args.output)
     shares = tidy_shares(args.output)  # before any work, since OUTPUT may be read-only
-    stdout = keep_stdout() if args.model.suffix == ".om" else sys.stdout  # ais_bench prints a lot
+    stdout = sys.stdout
+    if args.model.suffix == ".om":  # what ais_bench prints on stdout, in C++ too, goes to stderr
+        stdout = os.fdopen(os.dup(1), "w", errors="backslashreplace")
+        os.dup2(2, 1)
     if args.skip_done:
         done = {name for name, row in shares.items() if row[-1] == args.model_id}
         done = {name for name in done if all(is_there(Path(f"{args.output / name}{ending}")) for ending in ENDINGS)}
