@@ -151,7 +151,8 @@ def test_the_export_has_what_atc_takes(exported):
     onnx.checker.check_model(model, full_check=True)
     operators = collections.Counter(node.op_type for node in model.graph.node)
     assert operators == {"Conv": 112, "Relu": 100, "Add": 39, "MaxPool": 1}
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 11)]
+    opsets = [(opset.domain, opset.version) for opset in model.opset_import]
+    assert (model.ir_version, opsets) == (6, [("", 11)])  # 6 is the oldest that has opset 11
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in [*model.graph.input, *model.graph.output]
@@ -179,18 +180,26 @@ def test_an_export_that_fails_the_verification_replaces_nothing(small, weights, 
     assert 0 < float(re.search("at most (.*) of the largest logit", capsys.readouterr().out)[1]) < 1e-5
 
 
-@pytest.mark.parametrize("mistake", ["nan", "batch"])
-def test_a_graph_that_differs_fails_the_verification(small, weights, capsys, mistake):
+@pytest.mark.parametrize(
+    ("mistake", "words", "compared"),
+    [("scale", "does not match", 1), ("nan", "does not match", 1), ("batch", "does not match", 2), ("name", "name", 0)],
+)
+def test_a_graph_that_differs_or_is_invalid_fails_the_verification(small, weights, capsys, mistake, words, compared):
     network = pth2onnx.load_network(weights)
     model = onnx.load_from_string(pth2onnx.write_graph(network))
     if mistake == "batch":  # every image becomes the mean of its batch
         model.graph.node[0].input[0] = "mean"
         model.graph.node.insert(0, onnx.helper.make_node("ReduceMean", ["image"], ["mean"], axes=[0], keepdims=1))
-    else:  # NaN in the second output, after a first one that matches
+    elif mistake == "nan":  # in the second output, after a first one that matches
         network.layer6.conv2d_list[3].bias.data[18] = float("nan")
-    with pytest.raises(pth2onnx.InputError, match="does not match"):
+    elif mistake == "scale":  # the first output by 1 %
+        for parameter in network.layer5.parameters():
+            parameter.data *= 1.01
+    else:
+        model.graph.name = ""  # which ONNX Runtime takes
+    with pytest.raises((pth2onnx.InputError, onnx.checker.ValidationError), match=words):
         pth2onnx.verify(model.SerializeToString(), network)
-    assert capsys.readouterr().out.count("batch") == (2 if mistake == "batch" else 1)
+    assert capsys.readouterr().out.count("batch") == compared
 
 
 def test_weights_that_are_not_finite_once_folded_are_refused(probe, tmp_path):
@@ -200,8 +209,8 @@ def test_weights_that_are_not_finite_once_folded_are_refused(probe, tmp_path):
 
 
 def test_an_older_torch_is_named(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "1.8.1+cpu")
-    assert "torch 1.8.1+cpu is too old" in refusal(pth2onnx, weights, tmp_path / "x.onnx")
+    monkeypatch.setattr(torch, "__version__", "1.12.1+cpu")
+    assert "torch 1.12.1+cpu is too old; expected 1.13 " in refusal(pth2onnx, weights, tmp_path / "x.onnx")
 
 
 def test_what_an_interrupted_export_left_is_replaced(weights, exported, tmp_path):
