@@ -216,7 +216,7 @@ def test_images_that_are_refused_are_counted_and_named_and_the_others_converted(
 # ---------------------------------------------------------------------------------------------------- labels, names
 
 
-@pytest.mark.parametrize(("largest", "warned"), [(19, True), (21, False)])
+@pytest.mark.parametrize(("largest", "warned"), [(19, True), (21, False), (34, True)])  # 34 has no class
 def test_train_ids_without_255_are_warned_of(tmp_path, capsys, largest, warned):
     add_frame(tmp_path, FRAMES[0], HALVES, HALVES)
     label = np.tile(np.append(np.arange(19, dtype=np.uint8), np.uint8(largest)), (65, 7))

@@ -55,6 +55,7 @@ def metrics_of(folder: Path, *options: object, status: int = 0) -> dict:
 
 
 def test_the_golden_frame_gives_the_reference_matrix_iou_and_table(golden):
+    (golden / "r" / "pure_infer_data_1.bin").touch()  # of ais_bench's run on zeros
     done = run(SCRIPT, golden, golden / "r", "--json", golden / "m.json")
     metrics, expected = json.loads((golden / "m.json").read_text()), GOLDEN["evaluate"]
     assert metrics["confusion_matrix"] == expected["confusion"]
@@ -124,17 +125,6 @@ def test_the_prediction_is_that_of_full_size_logits(kind):
         )[0].numpy()
         predicted = np.take_along_axis(by_torch, prediction[None].astype(int), axis=0)[0]
         assert (by_torch.max(axis=0) - predicted <= 1e-6 * np.abs(logits_chw).max() + np.finfo(np.float32).tiny).all()
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.3, 5.0])
-def test_the_prediction_is_torch_s_at_full_size(noise):
-    rng = np.random.default_rng(7)
-    coarse = torch.from_numpy(rng.normal(0, 5, (1, 19, 17, 33)).astype(np.float32))
-    logits = torch.nn.functional.interpolate(coarse, (65, 129), mode="bicubic", align_corners=True)
-    logits += torch.from_numpy(rng.normal(0, noise, logits.shape).astype(np.float32))
-    prediction = postprocess.predict(logits[0].numpy(), (1024, 2048))
-    expected = torch.nn.functional.interpolate(logits, (1024, 2048), mode="bilinear", align_corners=True)[0].argmax(0)
-    assert (prediction != expected.numpy()).sum() <= 2  # of 2 million, where two classes tie to the last bit
 
 
 # ---------------------------------------------------------------------------------------------------- metrics by hand
@@ -256,7 +246,8 @@ def test_blank_labels_as_of_cityscapes_test_give_maps_only(tmp_path, capsys):
     ],
 )
 def test_an_expected_miou_passes_up_to_the_bounds_of_the_tolerance(quarter, capsys, expect, tolerance, passed):
-    metrics = metrics_of(quarter, "--expect", expect, "--tolerance", tolerance, status=int(not passed))
+    options = ["--tolerance", tolerance] if tolerance != 0.1 else []  # the default
+    metrics = metrics_of(quarter, "--expect", expect, *options, status=int(not passed))
     assert metrics["expected"] == {"percent": expect, "tolerance": tolerance, "passed": passed}
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("PASS: 25.0000 " if passed else "FAIL: 25.0000 ")
@@ -379,14 +370,14 @@ def test_damaged_files_are_counted_and_named(tmp_path):
         add_frame(tmp_path, frame, ROAD, ROAD)
     labels = [tmp_path / f"gtFine/val/ulm/{frame}_gtFine_labelIds.png" for frame in frames[:3]]
     logits = [tmp_path / f"r/{frame}_leftImg8bit_1.bin" for frame in frames[3:5]]
-    Image.fromarray(np.array([[0, 1, 255, 35]], np.uint8)).save(labels[0])
+    Image.fromarray(np.array([[0, 1, 34, 35]], np.uint8)).save(labels[0])
     Image.new("RGB", (8, 8)).save(labels[1])
     labels[2].write_bytes(labels[2].read_bytes()[:-20])
     logits[0].write_bytes(bytes(4 * 19 * 64 * 128))  # as without ceil_mode
     np.full(19 * 65 * 129, np.nan, "<f4").tofile(logits[1])
     message = refusal(postprocess, tmp_path, tmp_path / "r")
     assert "5 of 6 frames" in message
-    words = "label id 255", "found mode RGB", "damaged, too large, or not a PNG: ", "622592 bytes", "NaN or Inf"
+    words = "label id 35", "found mode RGB", "damaged, too large, or not a PNG: ", "622592 bytes", "NaN or Inf"
     assert all(f"{path}: {word}" in message for path, word in zip([*labels, *logits], words))
 
 

@@ -198,7 +198,7 @@ def test_make_run_runs_the_steps_in_order():
         assert re.findall(r"(?:intrada_|tools/)(\w+)\.py", commands.split("tests/tiny_cityscapes.py")[-1]) == order
     assert '"/d" "o/prep_val"' in on_own_data
     assert "--batchsize 4 --provider cuda" in " ".join(on_own_data.split())
-    assert "--expect" in plan()
+    assert "--expect 90.2 --tolerance 0.8\n" in plan()
     assert "--expect" not in on_own_data
 
 
