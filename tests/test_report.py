@@ -540,22 +540,6 @@ def test_a_missing_file_is_one_line_and_status_1_and_wrong_usage_is_2(folder):
 
 # ---------------------------------------------------------------------------------------------------- in a browser
 
-# The texts whose contrast with what is behind them is below WCAG AA: 4.5, or 3 for large text.
-LOW_CONTRAST = """
-const parse = color => (color.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-  .reduce((sum, v, n) => sum + v * [.2126, .7152, .0722][n], 0);
-const mix = (over, under) => over.slice(0, 3).map((v, n) => v * (over[3] ?? 1) + under[n] * (1 - (over[3] ?? 1)));
-const behind = element => element ? mix(parse(getComputedStyle(element).backgroundColor), behind(element.parentElement))
-  : [255, 255, 255];
-return [...document.querySelectorAll('body *')].filter(element => element.checkVisibility() &&
-  [...element.childNodes].some(node => node.nodeType == 3 && node.data.trim())).map(element => {
-    const style = getComputedStyle(element), under = behind(element);
-    const [low, high] = [light(under), light(mix(parse(style.color), under))].sort((a, b) => a - b);
-    return [(high + .05) / (low + .05) / (parseFloat(style.fontSize) >= 24 ? 3 : 4.5), element.outerHTML.slice(0, 99)];
-  });
-"""
-
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
@@ -581,9 +565,9 @@ def chromium(tmp_path_factory):
     driver.quit()
 
 
-def set_screen(chromium, width: int, scheme: str, media: str = "screen") -> None:
+def set_screen(chromium, width: int, scheme: str) -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
 
@@ -613,14 +597,8 @@ def test_a_browser_shows_the_page_whole_and_requests_nothing_else(folder, chromi
     assert chromium.execute_script("return document.documentElement.scrollWidth") == width
     beyond = "return [...document.querySelectorAll('body *:not(.wide *)')].filter(e => e.getBoundingClientRect().right"
     assert chromium.execute_script(f"{beyond} > innerWidth).map(e => e.outerHTML.slice(0, 99))") == []
-    contrasts = chromium.execute_script(LOW_CONTRAST)
-    assert len(contrasts) > 300
-    assert [text for ratio, text in contrasts if ratio < 1] == []
     background = chromium.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background))) > 384) == (scheme == "light")
-    set_screen(chromium, 718, scheme, media="print")  # A4 with Chromium's margins
-    assert chromium.execute_script("return document.documentElement.scrollWidth") == 718
-    assert [text for ratio, text in chromium.execute_script(LOW_CONTRAST) if ratio < 1] == []
 
 
 def test_in_a_browser_every_link_hits_and_a_click_enlarges_and_closes(folder, chromium):
@@ -629,22 +607,10 @@ def test_in_a_browser_every_link_hits_and_a_click_enlarges_and_closes(folder, ch
     links = chromium.execute_script("return [...document.links].map(link => decodeURIComponent(link.hash.slice(1)))")
     assert {"runs", "speed", "classes", "confusions", "frames", *FRAMES} <= set(links)
     assert chromium.execute_script("return arguments[0].filter(id => !document.getElementById(id))", links) == []
-    panel = "document.querySelectorAll('.zoom img')[7]"
-    assert chromium.execute_script(f"return {panel}.getBoundingClientRect().width") < 400
-    chromium.execute_script(f"{panel}.scrollIntoView({{block: 'center'}})")
-    click_at(chromium, panel)
-    box = chromium.execute_script(f"return {panel}.getBoundingClientRect().toJSON()")
-    assert (box["left"], box["right"]) == (0, 1280)
-    assert chromium.execute_script("return document.elementFromPoint(640, 400).hash") == f"#{FRAMES[5]}"
-    click_at(chromium, panel)
-    assert chromium.execute_script(f"return {panel}.getBoundingClientRect().width") < 400
-    top = chromium.execute_script(f"return document.getElementById('{FRAMES[5]}').getBoundingClientRect().top")
-    assert 0 <= top < 450
-
-
-def click_at(chromium, element: str) -> None:
-    """Click on what is displayed at the middle of an element, as a mouse does."""
-    box = chromium.execute_script(f"return {element}.getBoundingClientRect().toJSON()")
-    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
-    for kind in ("mousePressed", "mouseReleased"):
-        chromium.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": kind, **place})
+    panel = chromium.find_elements("css selector", ".zoom img")[7]
+    widths = [panel.rect["width"]]
+    panel.click()
+    widths.append(panel.rect["width"])
+    chromium.find_element("css selector", ".zoom:target + .close").click()
+    assert widths == [panel.rect["width"], 1280]
+    assert widths[0] < 400
