@@ -254,16 +254,6 @@ def test_results_in_the_current_folder_are_scored(folder, monkeypatch):
     assert json.loads(Path("../m2.json").read_text()) == json.loads(Path("../m.json").read_text())
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null", "{", '{"model_sha256": []}'])
-def test_a_damaged_summary_or_note_is_no_traceback(folder, content):
-    for name in ("r_summary.json", "r/device0_summary.json"):
-        Path(name).write_text(content)
-    assert postprocess.main(["data", "r"]) == 0
-    assert infer.main([*COMMANDS["infer"][1:]]) == 0
-    Path("out/o_model.json").write_text(content)
-    assert "pass another --output_dirname, or --overwrite" in refusal(*COMMANDS["infer"])
-
-
 def test_a_speed_test_does_not_replace_the_summary_of_results(folder):
     assert infer.main([*COMMANDS["infer"][1:]]) == 0
     before = {path: path.read_bytes() for path in Path("out").glob("**/*.*")}

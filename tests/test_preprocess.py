@@ -82,10 +82,3 @@ def test_a_full_disk_is_one_line_and_leaves_no_bin(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert f": error: {tmp_path}/{GOLDEN_FRAME}_leftImg8bit.bin: cannot be written: File" in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("workers", ["0", "x", "1.5"])
-def test_workers_that_are_no_positive_integer_are_wrong_usage(capsys, workers):
-    with pytest.raises(SystemExit, match="2"):
-        preprocess.main(["data", "prep", "--workers", workers])
-    assert "--workers: must be an integer, 1 or more" in capsys.readouterr().err

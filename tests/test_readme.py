@@ -55,14 +55,6 @@ def test_the_tiny_data_set_is_segmented_by_both_ways(walk):
     assert sum("mIoU = " in printed for printed in walk.printed) == 2  # step 5 and the quick start
 
 
-def test_the_benchmark_table_has_the_miou_of_postprocess(walk):
-    metrics = json.loads((walk.folder / "metrics_bs1.json").read_text())
-    lines = (walk.folder / "bench/intraDA_deeplabv2/table.md").read_text().splitlines()
-    rows = [line.split("|") for line in lines[4:6]]  # below the date and the model
-    assert [(row[1].strip(), row[2].strip()) for row in rows] == [("1", "3"), ("4", "3")]
-    assert [float(row[3]) for row in rows] == pytest.approx([100 * metrics["miou"]] * 2, abs=0.01)
-
-
 def test_the_auxiliary_output_would_score_less(walk, tmp_path):
     for path in (walk.folder / "result_onnx" / "result_bs1").glob("*_0.bin"):
         (tmp_path / path.name.replace("_0.bin", "_1.bin")).symlink_to(path)

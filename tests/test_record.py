@@ -85,16 +85,6 @@ def test_a_link_to_results_has_their_summary(folder):
     assert score("latest") == score("result/r")
 
 
-def test_a_record_keeps_its_own_run_when_the_folder_is_inferred_again(folder):
-    infer_on_an_npu("r")
-    score("result/r")
-    shutil.rmtree("result/r")
-    Path("result/r_summary.json").unlink()
-    infer("r")
-    page = page_of("m.json")
-    assert "Ascend, ais_bench" in page and "ONNX Runtime" not in page
-
-
 def test_each_device_has_its_own_summary_and_a_stale_one_is_of_none(folder, capsys):
     infer("r")  # one process
     stale = Path("result/r_summary.json").read_bytes()
@@ -102,10 +92,8 @@ def test_each_device_has_its_own_summary_and_a_stale_one_is_of_none(folder, caps
     for rank in "01":
         infer("r", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0")
     assert Path("result/r_summary.json").read_bytes() == stale
-    record = score("result/r")
-    assert [summary["file"] for summary in record["summaries"]] == ["device0_summary.json", "device1_summary.json"]
-    speeds = [summary["throughput"] for summary in record["summaries"]]
-    assert f"<td>{sum(speeds):.2f}</td>" in page_of("m.json")
+    files = [summary["file"] for summary in score("result/r")["summaries"]]
+    assert files == ["device0_summary.json", "device1_summary.json"]
     for frame in FRAMES[1::2]:
         (label,) = Path("data/gtFine/val").glob(f"*/{frame}_*")
         label.unlink()
@@ -200,7 +188,8 @@ def test_the_first_frames_are_scored_and_the_record_says_so(folder, capsys):
     infer("r")
     whole = score("result/r")
     assert score("result/r", "--limit", 4) == whole
-    capsys.readouterr()
+    warning = f"warning: labels that are not 2048 x 1024, whose mIoU is not comparable: {FRAMES[0]}, "
+    assert warning in capsys.readouterr().err
     record = score("result/r", "--limit", 2)
     assert "not of this split" not in capsys.readouterr().err
     assert (record["limit"], record["frames"]) == (2, 2)
@@ -209,10 +198,8 @@ def test_the_first_frames_are_scored_and_the_record_says_so(folder, capsys):
     for path in Path("result/r").glob(f"{FRAMES[3]}*"):
         path.unlink()
     assert score("result/r", "--limit", 3)["frames"] == 3
-    assert (
-        f"for 1 of 4 frames: {FRAMES[3]}; infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
-        in refusal(postprocess, "data", "result/r")
-    )
+    words = f"for 1 of 4 frames: {FRAMES[3]}; infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
+    assert refusal(postprocess, "data", "result/r").endswith(words)
 
 
 def test_labels_and_images_are_matched_before_the_limit(folder):
@@ -237,31 +224,10 @@ def test_the_first_images_are_converted_and_those_of_an_earlier_run_are_warned_o
     assert "warning: p: other files, which will be inferred too: bonn_1_leftImg8bit.bin" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- suspicious data
-
-
-def test_labels_of_another_size_are_warned_of(folder, capsys):
-    infer("r")
-    score("result/r")
-    assert (
-        f"warning: labels that are not 2048 x 1024, whose mIoU is not comparable: {FRAMES[0]}, "
-        in capsys.readouterr().err
-    )
-
-
-@pytest.mark.parametrize(
-    ("data_dir", "words"),
-    [
-        (
-            "prep",
-            "prep/leftImg8bit/val: no <city>/<frame>_leftImg8bit.png; DATA_DIR is the folder that holds leftImg8bit",
-        ),
-        ("d/leftImg8bit", "leftImg8bit/leftImg8bit/val: no <city>"),
-    ],
-)
-def test_the_commonest_wrong_folders_are_told_what_data_dir_is(folder, data_dir, words):
+@pytest.mark.parametrize("data_dir", ["prep", "d/leftImg8bit"])
+def test_the_commonest_wrong_folders_are_told_what_data_dir_is(folder, data_dir):
     Path("d/leftImg8bit/val").mkdir(parents=True)
-    message = refusal(preprocess, data_dir, "out")
-    assert words in message and "tools/segment.py" in message
+    words = "_leftImg8bit.png; DATA_DIR is the folder that holds leftImg8bit; other images are for tools/segment.py"
+    assert refusal(preprocess, data_dir, "out").endswith(words)
     assert "DATA_DIR is the folder that holds gtFine" in refusal(postprocess, data_dir, "data/r")
     assert not Path("out").exists()
