@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,7 @@ from PIL import Image
 import intrada_postprocess as postprocess
 import intrada_preprocess as preprocess
 from support import GOLDEN_DATA_DIR, LABEL_IDS, ROOT, add_frame, refusal, save_frames, save_small_model
-from tools import benchmark, compare, infer, report
+from tools import benchmark, compare, infer, report, segment
 
 FRAMES = "bonn_000000_000000", "ulm_000000_000000"
 HALVES = np.repeat([[0] * 129, [10] * 129], [32, 33], axis=0)  # road below sky
@@ -53,11 +54,12 @@ def folder(monkeypatch) -> Iterator[Path]:
 
 COMMANDS = {
     "preprocess": (preprocess, "data", "new"),
-    "postprocess": (postprocess, "data", "r"),
-    "compare": (compare, "r", "r2"),
+    "postprocess": (postprocess, "data", "r", "--json", "r.json"),
+    "compare": (compare, "r", "r2", "--json", "c.json"),
     "report": (report, "m.json", "--labels", "maps", "--data", "data", "--output", "page.html"),
     "infer": (infer, "--model", "x.onnx", "--input", "prep", "--output", "out", "--output_dirname", "o"),
     "benchmark": (benchmark, "x.onnx", "1", "--input", "prep"),
+    "segment": (segment, "x.onnx", "data/leftImg8bit", "--output", "overlays"),
 }
 
 
@@ -109,16 +111,45 @@ def test_hidden_files_are_no_data_anywhere(folder):
     assert sorted(path.name for path in Path("out/o").iterdir()) == [f"{FRAMES[0]}_leftImg8bit_{i}.bin" for i in (0, 1)]
 
 
-@pytest.mark.parametrize("command", ["intrada_postprocess.py data r", "tools/compare.py r r2"])
-def test_a_closed_stdout_loses_no_json(folder, command):
+@pytest.mark.parametrize("command", ["postprocess", "compare"])
+def test_a_pipe_closed_by_its_reader_loses_no_json(folder, command):
+    module, *args = COMMANDS[command]
     reader, writer = os.pipe()
     os.close(reader)
-    script, *args = command.split()
-    subprocess.run(
-        [sys.executable, "-u", ROOT / script, *args, "--json", "new.json"], stdout=writer, stderr=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, "-u", module.__file__, *args], stdout=writer, stderr=subprocess.DEVNULL)
     os.close(writer)
-    assert json.loads(Path("new.json").read_text())["frames"] == 2
+    assert json.loads(Path(args[-1]).read_text())["frames"] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "written"),
+    [
+        ("preprocess", f"new/{FRAMES[0]}_leftImg8bit.bin"),
+        ("postprocess", "r.json"),
+        ("compare", "c.json"),
+        ("report", "page.html"),
+        ("infer", f"out/o/{FRAMES[0]}_leftImg8bit_1.bin"),
+        ("benchmark", f"bench/x.onnx/bs1/{FRAMES[0]}_leftImg8bit_1.bin"),
+        ("segment", f"overlays/val/bonn/{FRAMES[0]}_leftImg8bit_color.png"),
+    ],
+)
+def test_closed_streams_stop_no_script(folder, command, written):
+    module, *args = COMMANDS[command]
+    contents = set()
+    for n, closed in enumerate(("", ">&-", "2>&-", "<&- >&- 2>&-")):
+        line = f"{shlex.join([sys.executable, module.__file__, *args])} {closed}"
+        assert subprocess.run(line, shell=True).returncode == 0, closed
+        contents.add(Path(written).read_bytes())
+        Path(Path(written).parts[0]).rename(f"written{n}")
+    assert len(contents) == 1
+
+
+def test_a_script_runs_where_stdout_cannot_be_reconfigured(folder):
+    """As by Jupyter's %run."""
+    path = preprocess.__file__
+    program = f"import io, runpy, sys; sys.stdout = io.StringIO(); runpy.run_path({path!r}, run_name='__main__')"
+    assert subprocess.run([sys.executable, "-c", program, "data", "new"]).returncode == 0
+    assert len(list(Path("new").iterdir())) == 2
 
 
 # ---------------------------------------------------------------------------------------------------- PNGs
