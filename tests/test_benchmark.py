@@ -20,7 +20,6 @@ from support import OWN_GROUP, ROOT, add_frame, ascend_environment, refusal, run
 
 SCRIPT = "tools/benchmark.py"
 FRAMES = [f"ulm_000000_{n:06}" for n in range(5)]
-NAMES = sorted(f"{frame}_leftImg8bit_{i}.bin" for frame in FRAMES for i in (0, 1))
 SCORED = "--input", "prep", "--data", "data"
 
 
@@ -153,20 +152,6 @@ def test_what_a_failed_run_left_is_no_obstacle(folder):
     assert float(rows_of(benchmark("y.onnx", 1, "--loop", 1))[0][3]) > 0
     Path("bench/y.onnx/bs1_summary.json").unlink()
     assert rows_of(benchmark("y.onnx", 1, "--input", "prep"))[0][1] == "5"
-
-
-def test_ais_bench_and_infer_leave_the_same_files(folder):
-    run("tools/infer.py", "--model", "x.onnx", "--input", "prep", "--output", "ours", "--output_dirname", "r",
-        "--batchsize", 4)  # fmt: skip
-    Path("theirs").mkdir(mode=0o750)
-    subprocess.run([sys.executable, "-m", "ais_bench", "--model", "x_bs4.om", "--input", "prep", "--output", "theirs",
-                    "--output_dirname", "r", "--batchsize", "4"], env=ascend_environment(), check=True)  # fmt: skip
-    for place in ("ours", "theirs"):
-        assert sorted(path.name for path in Path(place, "r").iterdir()) == NAMES
-    for name in NAMES:
-        assert Path("ours/r", name).read_bytes() == Path("theirs/r", name).read_bytes()
-    ours, theirs = (json.loads(Path(f"{place}/r_summary.json").read_text()) for place in ("ours", "theirs"))
-    assert theirs["NPU_compute_time"].keys() == ours["NPU_compute_time"].keys()
 
 
 def test_a_batch_size_that_fails_is_a_row_with_its_reason_below_and_the_others_go_on(folder):

@@ -121,25 +121,17 @@ def test_a_pipe_closed_by_its_reader_loses_no_json(folder, command):
     assert json.loads(Path(args[-1]).read_text())["frames"] == 2
 
 
-@pytest.mark.parametrize(
-    ("command", "written"),
-    [
-        ("preprocess", f"new/{FRAMES[0]}_leftImg8bit.bin"),
-        ("postprocess", "r.json"),
-        ("compare", "c.json"),
-        ("report", "page.html"),
-        ("infer", f"out/o/{FRAMES[0]}_leftImg8bit_1.bin"),
-        ("benchmark", f"bench/x.onnx/bs1/{FRAMES[0]}_leftImg8bit_1.bin"),
-        ("segment", f"overlays/val/bonn/{FRAMES[0]}_leftImg8bit_color.png"),
-    ],
-)
+WRITTEN = "new/*.bin", "r.json", "c.json", "page.html", "out/o/*_1.bin", "bench/*/bs1/*_1.bin", "overlays/*/*/*.png"
+
+
+@pytest.mark.parametrize(("command", "written"), list(zip(COMMANDS, WRITTEN)))
 def test_closed_streams_stop_no_script(folder, command, written):
     module, *args = COMMANDS[command]
     contents = set()
     for n, closed in enumerate(("", ">&-", "2>&-", "<&- >&- 2>&-")):
         line = f"{shlex.join([sys.executable, module.__file__, *args])} {closed}"
         assert subprocess.run(line, shell=True).returncode == 0, closed
-        contents.add(Path(written).read_bytes())
+        contents.add(min(Path().glob(written)).read_bytes())
         Path(Path(written).parts[0]).rename(f"written{n}")
     assert len(contents) == 1
 

@@ -270,11 +270,10 @@ def test_overwrite_removes_results_alone(images):
 
 def test_results_into_the_input_folder_are_refused(images, capsys):
     before = contents("prep")
-    for folder in ("prep", "result/../prep"):
-        Path("result").mkdir(exist_ok=True)
-        output, dirname = folder.rpartition("/")[0] or ".", "prep"
+    Path("result").mkdir()
+    for output in (".", "result/.."):
         with pytest.raises(SystemExit, match="2"):
-            infer("--output", output, "--output_dirname", dirname, "--overwrite")
+            infer("--output", output, "--output_dirname", "prep", "--overwrite")
         assert "is --input; pass another --output_dirname" in capsys.readouterr().err
     assert contents("prep") == before
 
@@ -305,10 +304,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(images):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (
-            ["--provider", "cuda"],
-            "this onnxruntime supports only cpu; pip3 uninstall onnxruntime, then pip3 install onnxruntime-gpu",
-        ),
+        (["--provider", "cuda"], "only cpu; pip3 uninstall onnxruntime, then pip3 install onnxruntime-gpu\n"),
         (["--provider", "azure"], "argument --provider: this onnxruntime supports only cpu\n"),
         (["--provider", "cdua", "--help"], "argument --provider: this onnxruntime supports only cpu\n"),
     ],

@@ -70,6 +70,8 @@ def test_the_record_says_what_inferred_and_where_all_is(folder):
     places = [str(folder / name) for name in ("data", "result/r", "labels")]
     assert [record[key] for key in ("data_dir", "result_dir", "label_maps")] == places
     assert "limit" not in record
+    Path("latest").symlink_to("result/r")
+    assert score("latest", "--save_labels", "labels") == record
 
     os.utime("result/npu_summary.json", (1e9, 1e9))  # 2001-09-09
     (summary,) = score("result/npu")["summaries"]
@@ -77,12 +79,6 @@ def test_the_record_says_what_inferred_and_where_all_is(folder):
     assert (summary.pop("file"), summary.pop("date")) == ("npu_summary.json", "2001-09-09")
     lists = "filesinfo", "npu_compute_time_list"
     assert summary == {key: value for key, value in whole.items() if key not in lists} and whole.keys() > set(lists)
-
-
-def test_a_link_to_results_has_their_summary(folder):
-    infer("r")
-    Path("latest").symlink_to("result/r")
-    assert score("latest") == score("result/r")
 
 
 def test_each_device_has_its_own_summary_and_a_stale_one_is_of_none(folder, capsys):
@@ -200,15 +196,6 @@ def test_the_first_frames_are_scored_and_the_record_says_so(folder, capsys):
     assert score("result/r", "--limit", 3)["frames"] == 3
     words = f"for 1 of 4 frames: {FRAMES[3]}; infer them first, or score fewer by --limit; pass e.g. result/result_bs1"
     assert refusal(postprocess, "data", "result/r").endswith(words)
-
-
-def test_labels_and_images_are_matched_before_the_limit(folder):
-    infer("r")
-    shutil.copytree("data/gtFine", "data/leftImg8bit")
-    for path in Path("data/leftImg8bit").glob("val/*/*"):
-        if FRAMES[3] not in path.name:
-            path.rename(path.with_name(path.name.replace("_gtFine_labelIds", "_leftImg8bit")))
-    assert f"only one of image and label: {FRAMES[3]}" in refusal(postprocess, "data", "result/r", "--limit", 1)
 
 
 def test_the_first_images_are_converted_and_those_of_an_earlier_run_are_warned_of(folder, capsys):

@@ -26,15 +26,7 @@ from PIL import Image
 import tools.segment as tool
 from intrada_postprocess import CLASSES, PALETTE, predict
 from intrada_preprocess import to_input
-from support import (
-    OWN_GROUP,
-    ROOT,
-    ascend_environment,
-    error_of,
-    refusal,
-    run,
-    save_small_model,
-)
+from support import OWN_GROUP, ROOT, ascend_environment, error_of, refusal, run, save_small_model
 
 SCRIPT = "tools/segment.py"
 SEGMENT = "x.onnx", "in", "--output", "out"
@@ -372,10 +364,6 @@ def test_what_cannot_work_is_refused_before_any_work(weights):
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-def parts() -> list[Path]:
-    return list(Path("out").rglob("*.part"))
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_loses_only_what_is_being_segmented_and_skip_done_resumes(weights, number):
     for n in range(40):
@@ -387,8 +375,9 @@ def test_a_signal_loses_only_what_is_being_segmented_and_skip_done_resumes(weigh
         time.sleep(0.01)
     child.send_signal(number)
     assert (*child.communicate(), child.returncode) == ("", "", -number)
-    assert len(parts()) <= 4
-    for path in parts():  # which the next run writes again
+    parts = list(Path("out").rglob("*.part"))
+    assert len(parts) <= 4
+    for path in parts:  # which the next run writes again
         assert path.with_name(path.name[: -len(".part")]).name[:2] not in shares()
     done = shares()
     assert 3 <= len(done) < 40
