@@ -90,7 +90,6 @@ def test_the_snippets_for_own_code_give_the_golden_input_and_the_tiny_miou(walk,
     names = {}
     exec(to_logits, names)
     assert hashlib.sha256(names["input_nchw"].tobytes()).hexdigest() == GOLDEN["preprocess"]["sha256"]
-    Path("result/mine").mkdir(parents=True)
     exec(to_file, names)
     (written,) = Path("result/mine").iterdir()
     assert written.read_bytes() == names["logits"][0].tobytes()
