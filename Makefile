@@ -17,7 +17,7 @@ OUT      := out/$(if $(DATA),$(shell echo "$$(basename "$(WEIGHTS)" .pth)_on_$$(
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
 DEV     := $(VENV)/installed-dev
-INSTALL := PIP_USER=0 $(BIN)/python -m pip install --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 TINY    := $(OUT)/tiny_cityscapes
 ONNX    := $(OUT)/intraDA_deeplabv2.onnx
 FRAMES  := $(SPLIT)$(if $(LIMIT),_first$(LIMIT))
@@ -55,21 +55,23 @@ ifneq ($(words $(OUT)) $(findstring :,$(OUT)),1 )
 $(error OUT="$(OUT)": expected a path without blanks and colons)
 endif
 
-# With DATA=, before anything is written: the labels are there, and OUT is of no other checkpoint.
+# With DATA=, before anything is made: the labels are there, and OUT is of no other checkpoint or data set.
 define CHECK
 import hashlib, pathlib, sys
 from intrada_postprocess import InputError, find_labels
 data, split, weights, out = sys.argv[1:]
 try:
     find_labels(pathlib.Path(data), split)
+    made_of = f"{hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()} {pathlib.Path(data).resolve()}"
+    note = pathlib.Path(out, "made_of")
+    if note.exists() and note.read_text(encoding="utf-8") != made_of:
+        raise InputError(f"{out}: has results of another checkpoint or data set; pass another OUT=")
+    pathlib.Path(out, "made_of.part").write_text(made_of, encoding="utf-8")
 except (InputError, OSError) as error:
     sys.exit(f"error: {error}")
-note, digest = pathlib.Path(out, "checkpoint.sha256"), hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()
-if note.exists() and note.read_text() != digest:
-    sys.exit(f"error: {out}: has results of another checkpoint; pass another OUT=")
-note.write_text(digest)
 endef
 export CHECK
+export PIP_USER := 0
 
 run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and report; DATA=cityscapes WEIGHTS=x.pth [LIMIT=20] [BS=4] [PROVIDER=cuda] [SPLIT=val] [OUT=dir]
 	@test -f "$(weights)" || { echo "$(weights): no such file" >&2; exit 1; }
@@ -78,6 +80,7 @@ run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and
 	$(if $(DATA),@$(BIN)/python -c "$$CHECK" "$(DATA)" $(SPLIT) "$(WEIGHTS)" "$(OUT)")
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(PREP)" $(frames)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
+	$(if $(DATA),@mv "$(OUT)/made_of.part" "$(OUT)/made_of")
 	$(BIN)/python tools/infer.py --model "$(ONNX)" --input "$(PREP)" --output "$(OUT)/result" \
 		--output_dirname $(RUN) --batchsize $(BS) --provider $(PROVIDER)
 	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" $(frames) --json "$(OUT)/metrics_$(RUN).json" \

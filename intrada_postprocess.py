@@ -204,12 +204,12 @@ def read_summaries(logits: list[Path]) -> list[dict]:
         path = folder.with_name(f"{folder.name}_summary.json")
         summary = read_summary(path)
         if summary:
-            check_run(files, path, summary["filesinfo"])
+            refuse_unlisted(files, path, summary["filesinfo"])
             date = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
             kept = {key: value for key, value in summary.items() if key != "filesinfo" and not key.endswith("_list")}
             summaries.append({"file": path.name, "date": date, **kept})
-            command = " ".join(map(str, summary["args"]))
-            models.add(str(summary.get("model_sha256") or re.search(r"--model[ =](\S+)|$", command)[1]))
+            model = re.search(r"--model[ =](\S+)|$", " ".join(map(str, summary["args"])))[1]
+            models.add(str(summary.get("model_sha256") or Path(model or "unknown")))
         else:
             warn(f"{path}: missing or damaged; which model inferred these logits is unknown")
     if len(models) > 1:
@@ -217,13 +217,13 @@ def read_summaries(logits: list[Path]) -> list[dict]:
     return summaries
 
 
-def check_run(logits: list[Path], path: Path, listed: set[str]) -> None:
+def refuse_unlisted(logits: list[Path], path: Path, listed: set[str]) -> None:
     """Raise InputError for logits that ais_bench's summary does not list; warn of those that are much newer than it."""
     others = [file.name for file in logits if file.name not in listed]
     if listed and others:
         remedy = "infer into a new folder; or, if all are of one model, move the summary away"
         raise InputError(f"{path}: does not list {first_five(others)}: of another run; {remedy}")
-    if max(file.stat().st_mtime for file in logits) > path.stat().st_mtime + 600:
+    if max(file.stat().st_mtime for file in logits) > path.stat().st_mtime + 60:
         warn(f"{path}: older than the logits, which may be of a later run that did not end")
 
 
@@ -231,11 +231,10 @@ def read_summary(path: Path) -> dict:
     """Read a summary of ais_bench or tools/infer.py, the names of its files as `filesinfo`; empty if it is damaged."""
     summary = read_json(path)
     try:
-        times = summary["NPU_compute_time"]
-        float(summary["throughput"]), float(times["mean"]), float(times.get("percentile(99%)", 0))
-        runs = summary.get("filesinfo", {}).values()
-        summary["filesinfo"] = {Path(file).name for run in runs for file in run["outfiles"]}
-        return summary if isinstance(summary["args"], list) else {}
+        times, runs = summary["NPU_compute_time"], summary.get("filesinfo") or {}
+        figures = summary["throughput"], times["mean"], times.get("percentile(99%)", 0)  # no p99 with --threads
+        summary["filesinfo"] = {Path(file).name for run in runs.values() for file in run["outfiles"]}
+        return summary if np.isfinite(figures).all() and isinstance(summary["args"], list) else {}
     except (LookupError, TypeError, ValueError, AttributeError):
         return {}
 
@@ -553,13 +552,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
     """Run main and exit: a mistake of the user is one line on stderr, and Ctrl-C ends a shell's loop too."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
     for name in ("stdin", "stdout", "stderr"):  # None if it is closed; another file would get its descriptor
         setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter, whose kernel Ctrl-C would end too
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:

@@ -112,19 +112,25 @@ def to_input(image: Image.Image) -> np.ndarray:
 
 
 def convert(image: Path, save_dir: Path) -> str | None:
-    """Write an image's `.bin`, which is complete whenever it has its name; return what is wrong with the image."""
-    path = save_dir / f"{image.stem}.bin"
-    part = path.with_name(f"{path.name}.part")
+    """Write an image's `.bin`; return what is wrong with the image. An OSError ends all, as on a full disk."""
     try:
-        part.write_bytes(to_input(read_image(image)))
-        part.replace(path)
+        input_chw = to_input(read_image(image))
     except InputError as error:
         return str(error)
-    except OSError as error:  # ends all, as on a full disk
+    write(save_dir / f"{image.stem}.bin", input_chw.data)
+    return None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that is complete whenever it has its name; an OSError names it."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    return None
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def convert_all(images: list[Path], save_dir: Path, workers: int) -> list[str]:
@@ -179,13 +185,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
     """Run main and exit: a mistake of the user is one line on stderr, and Ctrl-C ends a shell's loop too."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
     for name in ("stdin", "stdout", "stderr"):  # None if it is closed; another file would get its descriptor
         setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter, whose kernel Ctrl-C would end too
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import operator
 import os
 import re
@@ -38,7 +39,8 @@ NUM_CLASSES = 19
 OPSET = 11  # which ATC of CANN 5 to 8 takes
 # What the model's metadata says about its use.
 METADATA = {
-    "input": "RGB image, bicubic to 1024 x 512, BGR minus 104.00698793 116.66876762 122.67891434, NCHW float32",
+    "input": f"RGB image, bicubic to {WIDTH} x {HEIGHT}, BGR minus 104.00698793 116.66876762 122.67891434, "
+    "NCHW float32",
     "classes": "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,"
     "rider,car,truck,bus,train,motorcycle,bicycle",
 }
@@ -323,15 +325,16 @@ def verify(model: bytes, network: DeepLabV2) -> None:
             raise InputError("the export does not match the checkpoint; nothing was written")
 
 
-def write(model: bytes, path: Path) -> None:
-    """Write a file that is complete whenever it has its name."""
+def write(path: Path, content: bytes) -> None:
+    """Write a file that is complete whenever it has its name; an OSError names it."""
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_bytes(model)
+        part.write_bytes(content)
         part.replace(path)
-    finally:
-        if part.exists():
+    except OSError as error:
+        with contextlib.suppress(OSError):
             part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -351,20 +354,20 @@ def main(argv: list[str] | None = None) -> int:
     model = write_graph(network)
     if not args.skip_verify:
         verify(model, network)
-    write(model, args.onnx)
+    write(args.onnx, model)
     print(f"{args.onnx}: opset {OPSET}, {len(model) / 1e6:.1f} MB")
     return 0
 
 
 def run_script(main: Callable[[], int], umask: int = 0o022) -> None:
     """Run main and exit: a mistake of the user is one line on stderr, and Ctrl-C ends a shell's loop too."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.umask(os.umask(0) | umask)  # ais_bench rejects group- or world-writable files
     for name in ("stdin", "stdout", "stderr"):  # None if it is closed; another file would get its descriptor
         setattr(sys, name, getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_RDWR), "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter, whose kernel Ctrl-C would end too
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that its encoding cannot hold
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         raise SystemExit(main())
     except (InputError, OSError) as error:

@@ -40,7 +40,7 @@ def walk(tmp_path_factory) -> Walk:
     for path in [*scripts, *map(ROOT.joinpath, ("Makefile", "requirements", "tests", "tools"))]:
         (folder / path.name).symlink_to(path)
     for name, command in {
-        "pip3": '[ "$2" != -r ] || { test -f "$3" && test -f "$5"; }',
+        "pip3": '[ "$2" != -r ] || { test -f "$3" && test -f "$6"; }',
         "make": '/usr/bin/make -n "$@" > /dev/null',
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{command}\n")

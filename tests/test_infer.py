@@ -281,7 +281,7 @@ def test_results_into_the_input_folder_are_refused(images, capsys):
 def test_a_summary_of_zeros_is_not_replaced_unasked(images):
     speed = ["--model", "x.onnx", "--output", "result", "--output_dirname", "r", "--loop", "2"]
     tool.main(speed)
-    message = "result/r: only a speed test's summary is here; pass another --output_dirname, or --overwrite"
+    message = "result/r: only a summary is here, as of a speed test; pass another --output_dirname, or --overwrite"
     assert infer() == message
     assert json.loads(SUMMARY.read_text())["NPU_compute_time"]["count"] == 2
     save_small_model(Path("x.onnx"), seed=1)

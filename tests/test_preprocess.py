@@ -80,5 +80,5 @@ def test_a_full_disk_is_one_line_and_leaves_no_bin(tmp_path):
     command = f"{limit} {sys.executable} {ROOT / SCRIPT} {GOLDEN_DATA_DIR} {tmp_path}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert f": error: {tmp_path}/{GOLDEN_FRAME}_leftImg8bit.bin: cannot be written: File" in done.stderr
+    assert f": error: {tmp_path}/{GOLDEN_FRAME}_leftImg8bit.bin: File" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -170,7 +170,14 @@ def test_facts_that_two_scripts_hold_are_equal():
 def test_functions_that_two_scripts_hold_are_the_same_text():
     """They stand alone, so that what several need is repeated."""
     scripts = intrada_preprocess, intrada_pth2onnx, intrada_postprocess
-    for name, count in {"run_script": 3, "first_five": 3, "list_folder": 2, "count_cpus": 2, "at_least_one": 2}.items():
+    for name, count in {
+        "run_script": 3,
+        "first_five": 3,
+        "list_folder": 2,
+        "count_cpus": 2,
+        "at_least_one": 2,
+        "write": 2,
+    }.items():
         texts = [inspect.getsource(getattr(script, name)) for script in scripts if hasattr(script, name)]
         assert (len(texts), len(set(texts))) == (count, 1), name
 
@@ -239,10 +246,17 @@ def test_make_run_says_first_that_labels_are_missing_or_out_is_of_another_checkp
     assert "my data/gtFine/val: no <city>/" in make(*run, "WEIGHTS=1 a/best.pth").stderr
     assert list(Path("o").iterdir()) == []
     Path("label.png").rename(label)
-    for _ in range(2):  # the same checkpoint may go on
-        assert "1 a/best.pth: not a checkpoint that torch can read" in make(*run, "WEIGHTS=1 a/best.pth").stderr
+    assert "1 a/best.pth: not a checkpoint that torch can read" in make(*run, "WEIGHTS=1 a/best.pth").stderr
+    python = Path(".venv/bin/python")  # the second checkpoint is exported, and then not inferred
+    stubs = 'case "$1 $2" in "intrada_pth2onnx.py 2 a/best.pth") exit ;; "tools/infer.py --model") exit 3 ;; esac\n'
+    python.write_text(python.read_text().replace("exec", f"{stubs}exec"))
+    for _ in range(2):  # the first one has made nothing; the same one may go on
+        assert "] Error 3" in make(*run, "WEIGHTS=2 a/best.pth").stderr
     before = sorted(Path("o").iterdir())
-    assert "error: o: has results of another checkpoint; pass another OUT=" in make(*run, "WEIGHTS=2 a/best.pth").stderr
+    other = shutil.copytree(data, "other/my data")
+    for changes in (["WEIGHTS=1 a/best.pth"], ["WEIGHTS=2 a/best.pth", f"DATA={other}"]):
+        refused = make(*run, *changes).stderr
+        assert "error: o: has results of another checkpoint or data set; pass another OUT=" in refused
     assert sorted(Path("o").iterdir()) == before
 
 

@@ -229,10 +229,10 @@ def format_notes(rows: list[dict], args: argparse.Namespace) -> str:
 
 
 def publish(text: str, path: Path) -> None:
-    """Print text, and append it to a file."""
-    print(text, flush=True)
+    """Append text to a file, and print it; in this order, since printing ends at a closed pipe."""
     with path.open("ab") as file:
         file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
+    print(text, flush=True)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

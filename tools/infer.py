@@ -18,7 +18,6 @@ of n takes every n-th frame and writes to OUTPUT/DIRNAME/device<r>.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -46,7 +45,7 @@ from intrada_postprocess import (
     read_json,
     run_script,
 )
-from intrada_preprocess import HEIGHT, WIDTH
+from intrada_preprocess import HEIGHT, WIDTH, write
 
 IMAGE_SHAPE = 3, HEIGHT, WIDTH
 IMAGE_BYTES = 4 * 3 * HEIGHT * WIDTH
@@ -147,7 +146,7 @@ def refuse_other_results(folder: Path, results: list[Path], note: dict, summary:
     differing = [kind for key, kind in kinds.items() if old.get(key) != note[key]]
     if differing or (summary and "model_sha256" not in summary):
         of = f"another {', '.join(differing)}" if old and differing else "ais_bench or of unknown origin"
-        found = f"holds results of {of}" if results else "only a speed test's summary is here"
+        found = f"holds results of {of}" if results else "only a summary is here, as of a speed test"
         raise InputError(f"{folder}: {found}; pass another --output_dirname, or --overwrite")
 
 
@@ -172,18 +171,6 @@ def write_group(folder: Path, group: list[Path], outputs: list[np.ndarray]) -> N
     for n, path in enumerate(group):
         for target, logits in zip(name_targets(folder, path), outputs):
             write(target, logits[n].astype("<f4", copy=False).tobytes())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file that is complete whenever it has its name."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 # ---------------------------------------------------------------------------------------------------- the run

@@ -178,7 +178,8 @@ def find_frames(runs: list[dict[str, Any]], data_dir: Path) -> list[dict[str, An
     found = {image_dir: find_by_frame(image_dir, IMAGE_ENDING), label_dir: find_by_frame(label_dir, LABEL_ENDING)}
     maps = {n: run["label_maps"] for n, run in enumerate(runs) if run["label_maps"]}
     for folder in maps.values():
-        found[folder] = {path.name[: -len(LABEL_MAP_ENDING)]: path for path in list_folder(folder)}
+        label_maps = [path for path in list_folder(folder) if path.name.endswith(LABEL_MAP_ENDING)]
+        found[folder] = {path.name[: -len(LABEL_MAP_ENDING)]: path for path in label_maps}
     rows = {row["frame"]: row for row in runs[0]["per_frame"]}
     missing = [f"{name} in {folder}" for name in rows for folder in found if name not in found[folder]]
     if missing:
@@ -326,7 +327,7 @@ def find_largest(shares: np.ndarray, names: np.ndarray) -> list[tuple[float, str
     return [(shares[n], names[n]) for n in np.argsort(-shares, kind="stable")[:3] if shares[n] >= 0.0005]
 
 
-def count_frames(run: dict[str, Any]) -> list[list[str]]:
+def bin_frames(run: dict[str, Any]) -> list[list[str]]:
     """Sort the frames into bins of 5 points of their score; the last bin includes 100 %."""
     scores = {row["frame"]: row["scores"][0] for row in run["per_frame"] if row["scores"][0] is not None}
     return [[frame for frame, score in scores.items() if min(int(20 * score), 19) == n] for n in range(20)]
@@ -353,7 +354,7 @@ def render(runs: list[dict[str, Any]], frames: list[dict[str, Any]]) -> str:
         changes=[(run["name"], find_changed_frames(first, n)) for n, run in enumerate(runs) if n],
         confusions=find_confusions(shares, RUN_CONFUSIONS),
         matrix=list(zip(NAMES, shares)),
-        bins=count_frames(first),
+        bins=bin_frames(first),
         by_truth=all(row["truth"] is not None for row in first["per_frame"]),
         large=[frame for frame in frames if frame["size"] == LARGE],
         small=[frame for frame in frames if frame["size"] != LARGE],

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.contrib.concurrent import thread_map
 
 sys.path[:0] = map(str, [*Path(__file__).resolve().parents][:2])
-from infer import load_model, one_line, run_model, write
+from infer import known_provider, load_model, one_line, run_model
 from intrada_postprocess import (
     LOGITS_SHAPE,
     NAMES,
@@ -50,7 +50,7 @@ from intrada_postprocess import (
     predict,
     run_script,
 )
-from intrada_preprocess import to_input
+from intrada_preprocess import to_input, write
 
 with contextlib.suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -63,6 +63,8 @@ NO_PHOTOS = "@eaDir", "#recycle", "$RECYCLE.BIN"  # thumbnails and deleted files
 HEIF = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"  # how its content begins, after four bytes
 ENDINGS = "_overlay.jpg", "_color.png"
 HEADERS = ["image", *NAMES], ["image", *NAMES, "entropy", "model"]  # of an earlier version, and of this one
+UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # by EXIF's orientation  # fmt: skip
 SWATCH, ROW = 10, 16  # pixels of the legend, before it is enlarged
 
 
@@ -70,18 +72,18 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     """Find the images, and those below folders, by the name of their results; InputError for none, or a name twice."""
     refuse_other_files(output)
     visited, skipped, found = {output.resolve()}, Counter(), []
-    for path in [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]:
-        folder = path if path.is_dir() else path.parent
-        start = Path(os.path.abspath(path)).name if len(paths) > 1 and path.is_dir() else ""  # noqa: PTH100
-        files = walk(path, visited)
-        if path.is_dir():
-            skipped.update(kind for kind in map(name_kind, files) if kind)
-            files = [file for file in files if not name_kind(file)]
-        found += [(image, start / image.relative_to(folder)) for image in files]
-    kinds = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
-    note = f"skipped, not images by their suffix: {sum(skipped.values())} ({kinds})" if skipped else ""
+    paths = [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]
+    typed = {os.path.realpath(path): path for path in paths if not path.is_dir()}
+    for folder in filter(Path.is_dir, paths):
+        start = Path(os.path.abspath(folder)).name if len(paths) > 1 else ""  # noqa: PTH100
+        kinds = {file: name_kind(file) for file in walk(folder, visited) if os.path.realpath(file) not in typed}
+        skipped.update(filter(None, kinds.values()))
+        found += [(file, start / file.relative_to(folder)) for file, kind in kinds.items() if not kind]
+    found += [(file, Path(file.name)) for file in typed.values()]
+    counts = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
+    note = f"skipped, not images by their suffix: {sum(skipped.values())} ({counts})" if skipped else ""
     if not found:
-        raise InputError(f"{first_five([str(path) for path in paths])}: no images {note}".rstrip())
+        raise InputError("; ".join(filter(None, ["no images", note])))
     if note:
         print(note, file=sys.stderr)
     stems = Counter(place.with_suffix("") for _, place in found)
@@ -104,14 +106,16 @@ def refuse_other_files(output: Path) -> None:
 
 
 def walk(path: Path, visited: set[Path]) -> list[Path]:
-    """List a file, or those below a folder, in a fixed order; none that was visited, of earlier results or deleted."""
+    """List a file, or those below a folder, in a fixed order; none of a folder that was visited or is an OUTPUT."""
+    if not path.is_dir():
+        return [path]
     if path.resolve() in visited:
         return []
     visited.add(path.resolve())
-    if not path.is_dir():
-        return [path]
-    entries = [] if is_ours(path) else [entry for entry in list_folder(path) if entry.name not in NO_PHOTOS]
-    return [file for entry in entries for file in walk(entry, visited)]
+    if is_ours(path):
+        print(f"left out, an earlier OUTPUT: {path}", file=sys.stderr)
+        return []
+    return [file for entry in list_folder(path) if entry.name not in NO_PHOTOS for file in walk(entry, visited)]
 
 
 def name_kind(file: Path) -> str:
@@ -136,14 +140,19 @@ def read_image(path: Path) -> Image.Image:
         with path.open("rb") as file:
             head = file.read(12)
         with Image.open(path) as image:
-            if image.format == "TIFF" and path.suffix.lower() not in SUFFIXES:  # Pillow opens its thumbnail
+            if (
+                image.format == "TIFF" and path.suffix and path.suffix.lower() not in SUFFIXES
+            ):  # Pillow opens its thumbnail
                 raise ValueError("camera raw; convert it first")
             tags = image.tag_v2 if image.format == "TIFF" else {}
             image.load()
-            with contextlib.suppress(Exception):  # a damaged EXIF
-                image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(Exception):  # no EXIF, or a damaged one; exif_transpose would fail at any odd tag
+                image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
         if image.mode[0] in "IF":  # convert would clip at 255
-            values, is_plain = np.asarray(image), tags.get(258, (16,)) == (16,) and tags.get(262) != 0
+            values, is_plain = (
+                np.asarray(image),
+                tags.get(258, (16,)) == (16,) and tags.get(262) != 0 and tags.get(339) != (2,),
+            )
             if not is_plain or image.mode == "F" or values.min() < 0 or values.max() > 65535:
                 raise ValueError("not 16 bits from black to white; convert it to 8 bits first")
             image = Image.fromarray((values >> 8).astype(np.uint8))
@@ -164,7 +173,8 @@ def tidy_shares(output: Path) -> dict[str, list[str]]:
     """Read shares.csv, if there is one, and write it again: each image's last row, sorted; return these by image."""
     path = output / "shares.csv"
     content = path.read_bytes() if is_there(path) else to_lines(HEADERS[-1])
-    header, *rows = csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
+    text = content.replace(b"\0", b"").decode("utf-8", "surrogateescape")  # zeros: after a power loss
+    header, *rows = csv.reader(io.StringIO(text, newline=""))
     complete = rows if content.endswith(b"\n") else rows[:-1]  # an interruption may cut the last one
     shares = {row[0]: row + [""] * (len(HEADERS[-1]) - len(row)) for row in complete if len(row) == len(header)}
     output.mkdir(parents=True, exist_ok=True)
@@ -272,7 +282,8 @@ def segment_all(images: dict[str, Path], args: argparse.Namespace) -> list[str]:
             except Exception as error:  # ais_bench and what it imports raise nearly everything
                 raise InputError(f"{args.model}: {one_line(error)}") from None
 
-        segment_image = functools.partial(segment, infer=functools.partial(call, call(load, args)), args=args)
+        model = call(load, args)
+        segment_image = functools.partial(segment, infer=functools.partial(call, model), args=args)
         options = {"max_workers": min(4, count_cpus()), "unit": "image", "disable": None}  # 24 megapixels take 0.4 GB
         return [error for error in thread_map(segment_image, images, images.values(), **options) if error]
 
@@ -286,7 +297,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--skip_done", action="store_true", help="skip images that have results")
     add("--opacity", metavar="X", type=float, default=0.5, help="of the prediction, 0 to 1 (default: %(default)s)")
     add("--device", metavar="ID", type=int, default=0, help="device of ais_bench or provider (default: %(default)s)")
-    add("--provider", default="cpu", help="execution provider for an .onnx (default: %(default)s)")
+    add("--provider", type=known_provider, default="cpu", help="execution provider for an .onnx (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.model.suffix not in (".onnx", ".om"):
         parser.error("MODEL must be an .onnx or an .om")
@@ -305,11 +316,11 @@ def main(argv: list[str] | None = None) -> int:
         stdout = os.fdopen(os.dup(1), "w", errors="backslashreplace")
         os.dup2(2, 1)
     if args.skip_done:
-        done = {name for name, row in shares.items() if row[-1] == args.model_id}
+        done = {name for name, row in shares.items() if row[-1].endswith(args.model_id.split()[-1])}
         done = {name for name in done if all(is_there(Path(f"{args.output / name}{ending}")) for ending in ENDINGS)}
         print(f"skipped, already done: {len(done & images.keys())}", file=stdout)
         images = {name: path for name, path in images.items() if name not in done}
-    errors = segment_all(images, args)
+    errors = segment_all(images, args) if images else []
     tidy_shares(args.output)
     print(f"overlays written to {args.output}: {len(images) - len(errors)}", file=stdout, flush=True)
     if errors:
