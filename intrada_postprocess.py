@@ -539,10 +539,8 @@ def main(argv: list[str] | None = None) -> int:
     files = note_files(args, is_limited=len(frames) < len(labels))
     metrics = {**files, "summaries": summaries, **summarise(frames, confusions)}
     if args.expect is not None:
-        near = (
-            round(abs(100 * metrics["miou"] - args.expect), 9) <= args.tolerance
-        )  # bounds inclusive, whatever rounding
-        metrics["expected"] = {"percent": args.expect, "tolerance": args.tolerance, "passed": near}
+        passed = round(abs(100 * metrics["miou"] - args.expect), 9) <= args.tolerance  # rounded: bounds are inclusive
+        metrics["expected"] = {"percent": args.expect, "tolerance": args.tolerance, "passed": passed}
     if args.json:  # before printing, which a closed pipe ends
         args.json.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     warn_if_suspicious(metrics, frames)

@@ -193,11 +193,11 @@ def test_a_folder_s_other_files_are_skipped_and_counted_by_suffix(weights):
         PHOTO.save(f"in/{folder}/thumb.jpg")
     os.mkfifo("in/pipe.jpg")
     message = refusal(tool, *SEGMENT)
-    assert message.startswith("no images; skipped, not images by their suffix: 16 (.xmp 3, ")
+    assert message.startswith("in: no images; skipped, not images by their suffix: 16 (.xmp 3, ")
     assert all(f"{kind} 1" in message for kind in (".heic", ".nef", "no suffix", "no regular file", ".identifier"))
     PHOTO.save("in/photo.jpg")
     done = run(SCRIPT, *SEGMENT)
-    assert done.stderr == message[len("no images; ") :] + "\n"
+    assert done.stderr == message[len("in: no images; ") :] + "\n"
     assert results() == ["photo"]
     PHOTO.save("in/noname", "PNG")
     run(SCRIPT, "x.onnx", "in/noname", *SEGMENT[2:])  # typed, so tried
@@ -357,7 +357,7 @@ def test_no_link_is_written_through(weights):
 
 def test_what_cannot_work_is_refused_before_any_work(weights):
     Path("other/in").mkdir(parents=True)
-    assert refusal(tool, *SEGMENT) == "no images"
+    assert refusal(tool, *SEGMENT) == "in: no images"
     for path in ("in/a.png", "in/b.png", "other/a.png", "other/in/a.png"):
         PHOTO.save(path)
     message = "images whose results would have the same name: in/a.png, other/in/a.png"

@@ -71,7 +71,7 @@ SWATCH, ROW = 10, 16  # pixels of the legend, before it is enlarged
 def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     """Find the images, and those below folders, by the name of their results; InputError for none, or a name twice."""
     refuse_other_files(output)
-    visited, skipped, found = {output.resolve()}, Counter(), []
+    visited, skipped, found, given = {output.resolve()}, Counter(), [], first_five(list(map(str, paths)))
     paths = [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]
     typed = {os.path.realpath(path): path for path in paths if not path.is_dir()}
     for folder in filter(Path.is_dir, paths):
@@ -83,7 +83,7 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     counts = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
     note = f"skipped, not images by their suffix: {sum(skipped.values())} ({counts})" if skipped else ""
     if not found:
-        raise InputError("; ".join(filter(None, ["no images", note])))
+        raise InputError("; ".join(filter(None, [f"{given}: no images", note])))
     if note:
         print(note, file=sys.stderr)
     stems = Counter(place.with_suffix("") for _, place in found)
@@ -140,19 +140,16 @@ def read_image(path: Path) -> Image.Image:
         with path.open("rb") as file:
             head = file.read(12)
         with Image.open(path) as image:
-            if (
-                image.format == "TIFF" and path.suffix and path.suffix.lower() not in SUFFIXES
-            ):  # Pillow opens its thumbnail
+            is_unknown = path.suffix and path.suffix.lower() not in SUFFIXES
+            if image.format == "TIFF" and is_unknown:  # of a raw file Pillow opens the thumbnail
                 raise ValueError("camera raw; convert it first")
             tags = image.tag_v2 if image.format == "TIFF" else {}
             image.load()
             with contextlib.suppress(Exception):  # no EXIF, or a damaged one; exif_transpose would fail at any odd tag
                 image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
         if image.mode[0] in "IF":  # convert would clip at 255
-            values, is_plain = (
-                np.asarray(image),
-                tags.get(258, (16,)) == (16,) and tags.get(262) != 0 and tags.get(339) != (2,),
-            )
+            values = np.asarray(image)
+            is_plain = tags.get(258, (16,)) == (16,) and tags.get(262) != 0 and tags.get(339) != (2,)  # TIFF's own tags
             if not is_plain or image.mode == "F" or values.min() < 0 or values.max() > 65535:
                 raise ValueError("not 16 bits from black to white; convert it to 8 bits first")
             image = Image.fromarray((values >> 8).astype(np.uint8))
