@@ -12,7 +12,7 @@ BS       := 1
 PROVIDER := cpu
 SPLIT    := val
 LIMIT    :=
-OUT      := out/$(if $(DATA),$(shell echo "$$(basename "$(WEIGHTS)" .pth)_on_$$(basename "$(DATA)")" | tr ' :' __),tiny)
+OUT      := out/$(if $(DATA),$(shell echo "$$(basename "$(WEIGHTS)" .pth)_on_$$(basename "$(DATA)")" | tr ' :;' ___),tiny)
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
@@ -64,8 +64,9 @@ try:
     find_labels(pathlib.Path(data), split)
     made_of = f"{hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()} {pathlib.Path(data).resolve()}"
     note = pathlib.Path(out, "made_of")
-    if note.exists() and note.read_text(encoding="utf-8") != made_of:
-        raise InputError(f"{out}: has results of another checkpoint or data set; pass another OUT=")
+    has_results = pathlib.Path(out, "result").exists()  # of an earlier version if there is no note
+    if (note.read_text(encoding="utf-8") if note.exists() else made_of * (not has_results)) != made_of:
+        raise InputError(f"{out}: has results of another checkpoint, data set or version; pass another OUT=")
     pathlib.Path(out, "made_of.part").write_text(made_of, encoding="utf-8")
 except (InputError, OSError) as error:
     sys.exit(f"error: {error}")

@@ -256,8 +256,12 @@ def test_make_run_says_first_that_labels_are_missing_or_out_is_of_another_checkp
     other = shutil.copytree(data, "other/my data")
     for changes in (["WEIGHTS=1 a/best.pth"], ["WEIGHTS=2 a/best.pth", f"DATA={other}"]):
         refused = make(*run, *changes).stderr
-        assert "error: o: has results of another checkpoint or data set; pass another OUT=" in refused
+        assert "error: o: has results of another checkpoint, data set or version; pass another OUT=" in refused
     assert sorted(Path("o").iterdir()) == before
+    Path("o/result").mkdir()
+    assert "] Error 3" in make(*run, "WEIGHTS=2 a/best.pth").stderr
+    Path("o/made_of").unlink()  # as an earlier version leaves it
+    assert "data set or version; pass another OUT=" in make(*run, "WEIGHTS=2 a/best.pth").stderr
 
 
 @pytest.mark.parametrize("out", ["", "a b", "a:b"])

@@ -331,6 +331,8 @@ def test_frames_are_ranked_over_the_classes_of_their_ground_truth(folder):
     for frame, score in by_hand.items():
         accuracy = f"pixel accuracy {100 * np.mean(np.equal(*frames[frame])):.2f} %"
         assert f"{frame} {100 * score:.2f} % mIoU over the classes in the frame's ground truth; {accuracy}" in page.text
+    rows = [row[0] for row in page.tables[0]]
+    assert {"car only predicted: 0", "truck only predicted: 0"} <= set(rows) and "road" in rows
     old = read(folder, "two.json")["per_frame"]
     assert [row["miou"] for row in old] == pytest.approx([(sky + road) / 4, by_hand["noisy"]])
     for row in old:

@@ -188,7 +188,7 @@ def test_a_folder_s_other_files_are_skipped_and_counted_by_suffix(weights):
     names = "a.xmp b.xmp c.XMP IMG.AAE track.gpx raw.nef clip.lrv doc.pdf nohup.out noname photo.HEIC film.mpg e.eps"
     for name in [*names.split(), "photo.jpg:Zone.Identifier", "Thumbs.db"]:
         Path("in", name).write_text("no image")
-    for folder in ("@eaDir", "#recycle", "$RECYCLE.BIN", ".trash"):
+    for folder in (*tool.NO_PHOTOS, ".trash"):
         Path("in", folder).mkdir()
         PHOTO.save(f"in/{folder}/thumb.jpg")
     os.mkfifo("in/pipe.jpg")
@@ -365,11 +365,10 @@ def test_what_cannot_work_is_refused_before_any_work(weights):
     message = "images whose results would have the same name: in/a.png, other/a.png"
     assert refusal(tool, "x.onnx", "in/a.png", "other/a.png", "--output", "out") == message
     Path("own").mkdir()
-    Path("own/shares.csv").write_text("name,price\nApple,1\n")
     for name in ("x_color.png", "x_overlay.jpg", "notes.txt"):  # usual names
         PHOTO.save(f"own/{name}", "PNG")
     named_in = {"in": "in/a.png, in/b.png", "other": "other/a.png, other/in/a.png"}
-    named_in["own"] = "own/shares.csv, own/x_color.png, own/x_overlay.jpg"
+    named_in["own"] = "own/x_color.png, own/x_overlay.jpg"
     for output, named in named_in.items():
         message = f"{output}: has files that may be yours; pass another --output: {named}"
         assert refusal(tool, "x.onnx", "in", "other", "--output", output) == message
@@ -377,6 +376,9 @@ def test_what_cannot_work_is_refused_before_any_work(weights):
     assert error_of(SCRIPT, "x.onnx", "y", *SEGMENT[1:]) == "y: No such file or directory"
     assert run(SCRIPT, "in", *SEGMENT, status=2).stderr.endswith("error: MODEL must be an .onnx or an .om\n")
     assert not Path("out").exists()
+    Path("own/shares.csv").write_text("name,price\nApple,1\n")
+    message = "own/shares.csv: not written by this script, or changed since; pass another --output"
+    assert refusal(tool, "x.onnx", "in", "--output", "own") == message
     done = run(SCRIPT, *SEGMENT[:3], "/proc/out", status=1)
     assert done.stderr == "segment.py: error: /proc/out: No such file or directory\n"
     assert done.stdout == ""  # not even how many were drawn

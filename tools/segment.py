@@ -59,8 +59,9 @@ with contextlib.suppress(ImportError):
 
 SUFFIXES = Image.registered_extensions()
 IMAGE_SUFFIXES = {s for s, kind in SUFFIXES.items() if kind in Image.OPEN and Image.MIME.get(kind, "")[:6] == "image/"}
-NO_PHOTOS = "@eaDir", "#recycle", "$RECYCLE.BIN"  # thumbnails and deleted files, on a NAS and on Windows
+NO_PHOTOS = "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"
 HEIF = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"  # how its content begins, after four bytes
+HEIF_REMEDY = "; HEIC needs the package pillow_heif"
 ENDINGS = "_overlay.jpg", "_color.png"
 HEADERS = ["image", *NAMES], ["image", *NAMES, "entropy", "model"]  # of an earlier version, and of this one
 UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
@@ -82,6 +83,7 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     found += [(file, Path(file.name)) for file in typed.values()]
     counts = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
     note = f"skipped, not images by their suffix: {sum(skipped.values())} ({counts})" if skipped else ""
+    note += HEIF_REMEDY if ".heic" in skipped else ""
     if not found:
         raise InputError("; ".join(filter(None, [f"{given}: no images", note])))
     if note:
@@ -97,10 +99,13 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
 
 def refuse_other_files(output: Path) -> None:
     """Raise InputError if OUTPUT has images, or a shares.csv, that this script did not write."""
-    ours = [*ENDINGS, "shares.csv"] if is_ours(output) else []
+    ours = is_ours(output)
+    if is_there(output / "shares.csv") and not ours:
+        raise InputError(
+            f"{output / 'shares.csv'}: not written by this script, or changed since; pass another --output"
+        )
     files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
-    others = [file for file in files if not file.name.endswith(tuple(ours))]
-    others = [str(file) for file in others if file.name == "shares.csv" or not name_kind(file)]
+    others = [str(file) for file in files if not (name_kind(file) or (ours and file.name.endswith(ENDINGS)))]
     if others:
         raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
 
@@ -112,10 +117,11 @@ def walk(path: Path, visited: set[Path]) -> list[Path]:
     if path.resolve() in visited:
         return []
     visited.add(path.resolve())
+    entries = [entry for entry in list_folder(path) if entry.name not in NO_PHOTOS]
     if is_ours(path):
         print(f"left out, an earlier OUTPUT: {path}", file=sys.stderr)
         return []
-    return [file for entry in list_folder(path) if entry.name not in NO_PHOTOS for file in walk(entry, visited)]
+    return [file for entry in entries for file in walk(entry, visited)]
 
 
 def name_kind(file: Path) -> str:
@@ -159,8 +165,7 @@ def read_image(path: Path) -> Image.Image:
         return image.convert("RGB")
     except Exception as error:  # Pillow raises nearly everything
         reason = getattr(error, "strerror", None) or one_line(error) or repr(error)
-        remedy = "; HEIC needs the package pillow_heif" if head[4:11] in HEIF else ""
-        raise InputError(f"{path}: {reason}{remedy}") from None
+        raise InputError(f"{path}: {reason}{HEIF_REMEDY if head[4:11] in HEIF else ''}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- the results
