@@ -65,9 +65,9 @@ try:
     made_of = f"{hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()} {pathlib.Path(data).resolve()}"
     note = pathlib.Path(out, "made_of")
     has_results = pathlib.Path(out, "result").exists()  # of an earlier version if there is no note
-    if (note.read_text(encoding="utf-8") if note.exists() else made_of * (not has_results)) != made_of:
+    if (note.read_text("utf-8", "surrogateescape") if note.exists() else made_of * (not has_results)) != made_of:
         raise InputError(f"{out}: has results of another checkpoint, data set or version; pass another OUT=")
-    pathlib.Path(out, "made_of.part").write_text(made_of, encoding="utf-8")
+    pathlib.Path(out, "made_of.part").write_text(made_of, "utf-8", "surrogateescape")
 except (InputError, OSError) as error:
     sys.exit(f"error: {error}")
 endef
@@ -81,7 +81,7 @@ run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and
 	$(if $(DATA),@$(BIN)/python -c "$$CHECK" "$(DATA)" $(SPLIT) "$(WEIGHTS)" "$(OUT)")
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(PREP)" $(frames)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
-	$(if $(DATA),@mv "$(OUT)/made_of.part" "$(OUT)/made_of")
+	$(if $(DATA),@mv "$(OUT)/made_of.part" "$(OUT)/made_of" 2>/dev/null || test -f "$(OUT)/made_of")
 	$(BIN)/python tools/infer.py --model "$(ONNX)" --input "$(PREP)" --output "$(OUT)/result" \
 		--output_dirname $(RUN) --batchsize $(BS) --provider $(PROVIDER)
 	$(BIN)/python intrada_postprocess.py "$(data)" "$(OUT)/result/$(RUN)" $(frames) --json "$(OUT)/metrics_$(RUN).json" \

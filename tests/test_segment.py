@@ -421,6 +421,13 @@ def test_of_two_rows_the_last_counts_and_a_cut_one_does_not(weights):
     Path("x.onnx").rename("y.onnx")  # the same bytes
     assert run(SCRIPT, "y.onnx", *SEGMENT[1:], "--skip_done").stdout.startswith("skipped, already done: 1\n")
     assert Path("out/shares.csv").read_text().splitlines() == [header, row, other]
+    with Path("out/shares.csv").open("ab") as file:
+        file.write(bytes(3))  # as a power loss leaves it
+    assert run(SCRIPT, "y.onnx", *SEGMENT[1:], "--skip_done").stdout.startswith("skipped, already done: 1\n")
+    assert Path("out/shares.csv").read_text().splitlines() == [header, row, other]
+    with Path("out/shares.csv").open("a") as file:
+        file.write('"' + "x" * 200000)
+    assert error_of(SCRIPT, "y.onnx", *SEGMENT[1:]).startswith("out/shares.csv: damaged: field larger than")
 
 
 def test_another_model_s_results_and_an_earlier_version_s_are_not_done(weights):

@@ -73,7 +73,9 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     """Find the images, and those below folders, by the name of their results; InputError for none, or a name twice."""
     refuse_other_files(output)
     visited, skipped, found, given = {output.resolve()}, Counter(), [], first_five(list(map(str, paths)))
-    paths = [path for path in paths if path.stat() and not visited & {path.resolve(), *path.resolve().parents}]
+    paths = [
+        path for path in dict.fromkeys(paths) if path.stat() and not visited & {path.resolve(), *path.resolve().parents}
+    ]
     typed = {os.path.realpath(path): path for path in paths if not path.is_dir()}
     for folder in filter(Path.is_dir, paths):
         start = Path(os.path.abspath(folder)).name if len(paths) > 1 else ""  # noqa: PTH100
@@ -104,13 +106,14 @@ def refuse_other_files(output: Path) -> None:
         raise InputError(
             f"{output / 'shares.csv'}: not written by this script, or changed since; pass another --output"
         )
-    files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
+    entries = list_folder(output) if is_there(output) else []
+    files = [file for entry in entries for file in walk(entry, set(), quiet=True)]
     others = [str(file) for file in files if not (name_kind(file) or (ours and file.name.endswith(ENDINGS)))]
     if others:
         raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
 
 
-def walk(path: Path, visited: set[Path]) -> list[Path]:
+def walk(path: Path, visited: set[Path], quiet: bool = False) -> list[Path]:
     """List a file, or those below a folder, in a fixed order; none of a folder that was visited or is an OUTPUT."""
     if not path.is_dir():
         return [path]
@@ -118,10 +121,11 @@ def walk(path: Path, visited: set[Path]) -> list[Path]:
         return []
     visited.add(path.resolve())
     entries = [entry for entry in list_folder(path) if entry.name not in NO_PHOTOS]
-    if is_ours(path):
+    if not is_ours(path):
+        return [file for entry in entries for file in walk(entry, visited, quiet)]
+    if not quiet:
         print(f"left out, an earlier OUTPUT: {path}", file=sys.stderr)
-        return []
-    return [file for entry in entries for file in walk(entry, visited)]
+    return []
 
 
 def name_kind(file: Path) -> str:
@@ -176,8 +180,11 @@ def tidy_shares(output: Path) -> dict[str, list[str]]:
     path = output / "shares.csv"
     content = path.read_bytes() if is_there(path) else to_lines(HEADERS[-1])
     text = content.replace(b"\0", b"").decode("utf-8", "surrogateescape")  # zeros: after a power loss
-    header, *rows = csv.reader(io.StringIO(text, newline=""))
-    complete = rows if content.endswith(b"\n") else rows[:-1]  # an interruption may cut the last one
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""))
+    except csv.Error as error:
+        raise InputError(f"{path}: damaged: {error}; move it away, or pass another --output") from None
+    complete = rows if text.endswith("\n") else rows[:-1]  # an interruption may cut the last one
     shares = {row[0]: row + [""] * (len(HEADERS[-1]) - len(row)) for row in complete if len(row) == len(header)}
     output.mkdir(parents=True, exist_ok=True)
     write(path, to_lines(HEADERS[-1], *(shares[name] for name in sorted(shares))))
