@@ -434,15 +434,24 @@ def by_name(names: list[str], values: np.ndarray) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values)}
 
 
+def compare_with_expected(miou: float, expected: float, tolerance: float) -> dict:
+    """Compare with the expected mIoU in percent; bounds inclusive, immune to rounding."""
+    return {"percent": expected, "tolerance": tolerance, "passed": round(abs(100 * miou - expected), 9) <= tolerance}
+
+
 # ---------------------------------------------------------------------------------------------------- reporting
 
 
-def warn_of_other_maps(folder: Path, frames: list[Frame]) -> None:
-    """Warn of label maps of other frames, which an evaluator would count too."""
-    present = {path.name for path in list_folder(folder) if path.name.endswith(LABEL_MAP_ENDING)}
-    others = sorted(present - {f"{frame.name}{LABEL_MAP_ENDING}" for frame in frames})
+def report_maps(frames: list[Frame], args: argparse.Namespace) -> None:
+    """Print where the maps are; warn of label maps of other frames there, which an evaluator would count too."""
+    for kind, folder in (("label", args.save_labels), ("color", args.save_colors)):
+        if folder:
+            print(f"{kind} maps written to {folder}: {len(frames)}")
+    present = list_folder(args.save_labels) if args.save_labels else []
+    written = {f"{frame.name}{LABEL_MAP_ENDING}" for frame in frames}
+    others = [path.name for path in present if path.name.endswith(LABEL_MAP_ENDING) and path.name not in written]
     if others:
-        warn(f"{folder}: has label maps of other frames: {first_five(others)}")
+        warn(f"{args.save_labels}: has label maps of other frames: {first_five(others)}")
 
 
 def warn_if_suspicious(metrics: dict, frames: list[Frame]) -> None:
@@ -527,11 +536,7 @@ def main(argv: list[str] | None = None) -> int:
     frames = find_frames(labels, args.result_dir, args.limit)
     summaries = read_summaries([frame.logits for frame in frames])
     confusions = score_all(frames, args)
-    for kind, folder in (("label", args.save_labels), ("color", args.save_colors)):
-        if folder:
-            print(f"{kind} maps written to {folder}: {len(frames)}")
-    if args.save_labels:
-        warn_of_other_maps(args.save_labels, frames)
+    report_maps(frames, args)
     if not np.any(confusions):  # as in Cityscapes' test split, of which only the maps are of use
         if (args.save_labels or args.save_colors) and not args.json and args.expect is None:
             return 0
@@ -539,8 +544,7 @@ def main(argv: list[str] | None = None) -> int:
     files = note_files(args, is_limited=len(frames) < len(labels))
     metrics = {**files, "summaries": summaries, **summarise(frames, confusions)}
     if args.expect is not None:
-        passed = round(abs(100 * metrics["miou"] - args.expect), 9) <= args.tolerance  # rounded: bounds are inclusive
-        metrics["expected"] = {"percent": args.expect, "tolerance": args.tolerance, "passed": passed}
+        metrics["expected"] = compare_with_expected(metrics["miou"], args.expect, args.tolerance)
     if args.json:  # before printing, which a closed pipe ends
         args.json.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     warn_if_suspicious(metrics, frames)
