@@ -64,8 +64,11 @@ try:
     find_labels(pathlib.Path(data), split)
     made_of = f"{hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()} {pathlib.Path(data).resolve()}"
     note = pathlib.Path(out, "made_of")
-    has_results = pathlib.Path(out, "result").exists()  # of an earlier version if there is no note
-    if (note.read_text("utf-8", "surrogateescape") if note.exists() else made_of * (not has_results)) != made_of:
+    if note.exists():
+        fits = note.read_text("utf-8", "surrogateescape") == made_of
+    else:
+        fits = not pathlib.Path(out, "result").exists()  # or it is of an earlier version
+    if not fits:
         raise InputError(f"{out}: has results of another checkpoint, data set or version; pass another OUT=")
     pathlib.Path(out, "made_of.part").write_text(made_of, "utf-8", "surrogateescape")
 except (InputError, OSError) as error:

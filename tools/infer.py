@@ -118,7 +118,8 @@ def prepare_folder(inputs: list[Path], note: dict, args: argparse.Namespace) -> 
     Return the inputs whose results are missing; if only the summary is, the last group. InputError if there are results
     of another model, provider or input, or of ais_bench, and no --overwrite.
     """
-    folder, note_path, summary_path = args.folder, *(json_path(args.folder, what) for what in ("model", "summary"))
+    folder = args.folder
+    note_path, summary_path = json_path(folder, "model"), json_path(folder, "summary")
     entries, summary = list_folder(folder) if is_there(folder) else [], read_json(summary_path)
     results = [path for path in entries if re.fullmatch(r".+_[01]\.bin", path.name)]
     if not args.input:

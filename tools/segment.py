@@ -103,35 +103,28 @@ def refuse_other_files(output: Path) -> None:
     """Raise InputError if OUTPUT has images, or a shares.csv, that this script did not write."""
     ours = is_ours(output)
     if is_there(output / "shares.csv") and not ours:
-        raise InputError(
-            f"{output / 'shares.csv'}: not written by this script, or changed since; pass another --output"
-        )
-    entries = list_folder(output) if is_there(output) else []
-    files = [file for entry in entries for file in walk(entry, set(), quiet=True)]
+        raise InputError(f"{output / 'shares.csv'}: not of this script, or changed since; pass another --output")
+    files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
     others = [str(file) for file in files if not (name_kind(file) or (ours and file.name.endswith(ENDINGS)))]
     if others:
         raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
 
 
-def walk(path: Path, visited: set[Path], quiet: bool = False) -> list[Path]:
-    """List a file, or those below a folder, in a fixed order; none of a folder that was visited or is an OUTPUT."""
+def walk(path: Path, visited: set[Path]) -> list[Path]:
+    """List a file, or those below a folder, in a fixed order; of an earlier OUTPUT itself, of a visited one nothing."""
     if not path.is_dir():
         return [path]
     if path.resolve() in visited:
         return []
     visited.add(path.resolve())
     entries = [entry for entry in list_folder(path) if entry.name not in NO_PHOTOS]
-    if not is_ours(path):
-        return [file for entry in entries for file in walk(entry, visited, quiet)]
-    if not quiet:
-        print(f"left out, an earlier OUTPUT: {path}", file=sys.stderr)
-    return []
+    return [path] if is_ours(path) else [file for entry in entries for file in walk(entry, visited)]
 
 
 def name_kind(file: Path) -> str:
     """Name the kind of a file that is no image by its suffix, empty for an image."""
     if file.exists() and not file.is_file():
-        return "no regular file"
+        return "earlier OUTPUT" if file.is_dir() else "no regular file"
     return "" if file.suffix.lower() in IMAGE_SUFFIXES else file.suffix.lower() or "no suffix"
 
 
@@ -180,10 +173,7 @@ def tidy_shares(output: Path) -> dict[str, list[str]]:
     path = output / "shares.csv"
     content = path.read_bytes() if is_there(path) else to_lines(HEADERS[-1])
     text = content.replace(b"\0", b"").decode("utf-8", "surrogateescape")  # zeros: after a power loss
-    try:
-        header, *rows = csv.reader(io.StringIO(text, newline=""))
-    except csv.Error as error:
-        raise InputError(f"{path}: damaged: {error}; move it away, or pass another --output") from None
+    header, *rows = csv.reader(io.StringIO(text, newline=""))
     complete = rows if text.endswith("\n") else rows[:-1]  # an interruption may cut the last one
     shares = {row[0]: row + [""] * (len(HEADERS[-1]) - len(row)) for row in complete if len(row) == len(header)}
     output.mkdir(parents=True, exist_ok=True)
