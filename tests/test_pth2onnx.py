@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import filecmp
+import copy
 import json
 import os
 import pickle
@@ -25,6 +25,7 @@ from support import DATA, ROOT, refusal
 
 SCRIPT = "intrada_pth2onnx.py"
 SHAPES = json.loads((DATA / "state_dict.json").read_text())
+SMALL = {"HEIGHT": 64, "WIDTH": 128, "LOGITS_HEIGHT": 9, "LOGITS_WIDTH": 17}
 
 
 def probe_tensor(key: str, shape: list[int]) -> torch.Tensor:
@@ -55,23 +56,33 @@ def weights(probe, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def network(weights) -> pth2onnx.DeepLabV2:
+    return pth2onnx.load_network(weights)
+
+
+@pytest.fixture(scope="module")
+def exported(network) -> bytes:
+    """The probe as an ONNX of opset 11."""
+    return pth2onnx.write_graph(network)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Export and verify at a small size, which the network takes as well."""
-    for name, size in {"HEIGHT": 64, "WIDTH": 128, "LOGITS_HEIGHT": 9, "LOGITS_WIDTH": 17}.items():
+    for name, size in SMALL.items():
         monkeypatch.setattr(pth2onnx, name, size)
 
 
 @pytest.fixture(scope="module")
-def exported(weights, tmp_path_factory) -> Path:
-    """The probe as an ONNX of opset 11."""
-    path = tmp_path_factory.mktemp("exported") / "x.onnx"
-    pth2onnx.main([str(weights), str(path), "--skip_verify"])
-    return path
+def small_export(network) -> bytes:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in SMALL.items():
+            patch.setattr(pth2onnx, name, size)
+        return pth2onnx.write_graph(network)
 
 
-def test_the_network_computes_the_golden_probe(weights):
-    network = pth2onnx.load_network(weights)
+def test_the_network_computes_the_golden_probe(network):
     image = np.random.default_rng(3).uniform(-120, 150, (2, 3, 64, 128)).astype(np.float32)
     with torch.inference_mode():
         outputs = network(torch.from_numpy(image))
@@ -81,25 +92,29 @@ def test_the_network_computes_the_golden_probe(weights):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "dtype", "as_zip"),
+    ("wrap", "as_zip"),
     [
-        (lambda values: {"state_dict": {f"module.{key}": value for key, value in values.items()}, "ema": values},
-         torch.half, True),
-        (lambda values: {"model": values, "optimizer": {"state": {0: {"step": torch.zeros(1)}}, "param_groups": []}},
-         torch.float64, True),
+        (lambda values: {"state_dict": {f"module.{key}": value for key, value in values.items()}, "ema": values}, True),
+        (lambda values: {"model": values, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}, True),
         (lambda values: {"net": collections.OrderedDict((key, torch.nn.Parameter(value, requires_grad=False))
-                                                        for key, value in values.items())}, torch.bfloat16, True),
-        (lambda values: {"weights": {key: value for key, value in values.items() if "num_batches" not in key}},
-         torch.float32, False),  # as torch 0.4 saved it
+                                                        for key, value in values.items())}, True),
+        (lambda values: {"weights": values}, False),  # as torch 0.4 saved it
     ],
     ids=["state_dict", "model", "net", "old"],
 )  # fmt: skip
-def test_every_form_of_a_checkpoint_gives_its_values(probe, tmp_path, wrap, dtype, as_zip):
-    values = {key: value.to(dtype) if value.is_floating_point() else value for key, value in probe.items()}
+def test_every_form_of_a_checkpoint_gives_its_values(tmp_path, wrap, as_zip):
+    values = {key: probe_tensor(key, SHAPES[key]) for key in ("conv1.weight", "bn1.bias")}
     torch.save(wrap(values), tmp_path / "x.pth", _use_new_zipfile_serialization=as_zip)
-    found = pth2onnx.load_network(tmp_path / "x.pth").state_dict()
+    found = pth2onnx.read_state_dict(tmp_path / "x.pth")
     assert found.keys() == values.keys()
-    assert all(torch.equal(found[key], value.to(found[key].dtype)) for key, value in values.items())
+    assert all(torch.equal(found[key], value) for key, value in values.items())
+
+
+def test_half_precision_and_no_counts_of_batches_are_weights_too(probe, tmp_path):
+    halves = {key: value.half() for key, value in probe.items() if "num_batches" not in key}
+    torch.save(halves, tmp_path / "x.pth")
+    found = pth2onnx.load_network(tmp_path / "x.pth").state_dict()
+    assert all(torch.equal(found[key], value.float()) for key, value in halves.items())
 
 
 class Malicious:
@@ -147,7 +162,7 @@ def test_weights_that_do_not_fit_are_named_by_kind(probe, tmp_path):
 
 
 def test_the_export_has_what_atc_takes(exported):
-    model = onnx.load(exported)
+    model = onnx.load_from_string(exported)
     onnx.checker.check_model(model, full_check=True)
     operators = collections.Counter(node.op_type for node in model.graph.node)
     assert operators == {"Conv": 112, "Relu": 100, "Add": 39, "MaxPool": 1}
@@ -169,7 +184,7 @@ def test_the_script_writes_the_same_bytes_and_nothing_else(weights, exported, tm
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
-    assert filecmp.cmp(tmp_path / "x.onnx", exported, shallow=False)
+    assert (tmp_path / "x.onnx").read_bytes() == exported
 
 
 @pytest.mark.filterwarnings("error")
@@ -182,12 +197,12 @@ def test_an_export_that_fails_the_verification_replaces_nothing(small, weights, 
 
 
 @pytest.mark.parametrize(
-    ("mistake", "words", "compared"),
-    [("scale", "does not match", 1), ("nan", "does not match", 1), ("batch", "does not match", 2), ("name", "name", 0)],
+    ("mistake", "words"),
+    [("scale", "does not match"), ("nan", "does not match"), ("batch", "does not match"), ("name", "name")],
 )
-def test_a_graph_that_differs_or_is_invalid_fails_the_verification(small, weights, capsys, mistake, words, compared):
-    network = pth2onnx.load_network(weights)
-    model = onnx.load_from_string(pth2onnx.write_graph(network))
+def test_a_graph_that_differs_or_is_invalid_fails_the_verification(small, network, small_export, mistake, words):
+    network = copy.deepcopy(network)
+    model = onnx.load_from_string(small_export)
     if mistake == "batch":  # every image becomes the mean of its batch
         model.graph.node[0].input[0] = "mean"
         model.graph.node.insert(0, onnx.helper.make_node("ReduceMean", ["image"], ["mean"], axes=[0], keepdims=1))
@@ -200,13 +215,13 @@ def test_a_graph_that_differs_or_is_invalid_fails_the_verification(small, weight
         model.graph.name = ""  # which ONNX Runtime takes
     with pytest.raises((pth2onnx.InputError, onnx.checker.ValidationError), match=words):
         pth2onnx.verify(model.SerializeToString(), network)
-    assert capsys.readouterr().out.count("batch") == compared
 
 
-def test_weights_that_are_not_finite_once_folded_are_refused(probe, tmp_path):
-    torch.save({**probe, "bn1.running_var": torch.full((64,), -1.0)}, tmp_path / "x.pth")
-    message = refusal(pth2onnx, tmp_path / "x.pth", tmp_path / "x.onnx", "--skip_verify")
-    assert "negative variance" in message
+def test_weights_that_are_not_finite_once_folded_are_refused(network):
+    network = copy.deepcopy(network)
+    network.bn1.running_var.fill_(-1)
+    with pytest.raises(pth2onnx.InputError, match="negative variance"):
+        pth2onnx.write_graph(network)
 
 
 def test_an_older_torch_is_named(weights, tmp_path, monkeypatch):

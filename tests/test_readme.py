@@ -63,11 +63,9 @@ def test_the_auxiliary_output_would_score_less(walk, tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())["miou"] < main["miou"] - 0.02
 
 
-def test_the_export_equals_the_checkpoint_within_1e_5_at_batch_1_and_2(walk):
+def test_the_export_equals_the_checkpoint_within_1e_5(walk):
     (printed,) = [output for output in walk.printed if "differs from torch" in output]
-    errors = dict(re.findall(r"batch (\d): .* at most (\S+) of the largest logit", printed))
-    assert list(errors) == ["1", "2"]
-    assert all(float(error) <= 1e-5 for error in errors.values())
+    assert float(re.search("by at most (.*) of the largest logit", printed)[1]) <= 1e-5
 
 
 def test_nothing_leaves_the_machine(walk):
@@ -250,8 +248,7 @@ def test_make_run_says_first_that_labels_are_missing_or_out_is_of_another_checkp
     python = Path(".venv/bin/python")  # the second checkpoint is exported, and then not inferred
     stubs = 'case "$1 $2" in "intrada_pth2onnx.py 2 a/best.pth") exit ;; "tools/infer.py --model") exit 3 ;; esac\n'
     python.write_text(python.read_text().replace("exec", f"{stubs}exec"))
-    for _ in range(2):  # the first one has made nothing; the same one may go on
-        assert "] Error 3" in make(*run, "WEIGHTS=2 a/best.pth").stderr
+    assert "] Error 3" in make(*run, "WEIGHTS=2 a/best.pth").stderr  # the first one has made nothing
     before = sorted(Path("o").iterdir())
     other = shutil.copytree(data, "other/my data")
     for changes in (["WEIGHTS=1 a/best.pth"], ["WEIGHTS=2 a/best.pth", f"DATA={other}"]):
@@ -259,7 +256,7 @@ def test_make_run_says_first_that_labels_are_missing_or_out_is_of_another_checkp
         assert "error: o: has results of another checkpoint, data set or version; pass another OUT=" in refused
     assert sorted(Path("o").iterdir()) == before
     Path("o/result").mkdir()
-    assert "] Error 3" in make(*run, "WEIGHTS=2 a/best.pth").stderr
+    assert "] Error 3" in make(*run, "WEIGHTS=2 a/best.pth").stderr  # the same one may go on
     Path("o/made_of").unlink()  # as an earlier version leaves it
     assert "data set or version; pass another OUT=" in make(*run, "WEIGHTS=2 a/best.pth").stderr
 
@@ -279,10 +276,8 @@ def test_make_clears_no_folder_of_the_user_s(clone):
 def test_the_tiny_data_set_is_not_mixed_with_another(tmp_path):
     shutil.copytree(GOLDEN_DATA_DIR, tmp_path / "cityscapes")
     before = sorted(tmp_path.rglob("*"))
-    stderr = run("tests/tiny_cityscapes.py", tmp_path / "cityscapes", status=1).stderr
-    assert stderr.startswith("tiny_cityscapes.py: error: ") and stderr.endswith(
-        ": is another frame; pass a folder of its own\n"
-    )
+    with pytest.raises(SystemExit, match="is another frame; pass a folder of its own"):
+        tiny_cityscapes.main([str(tmp_path / "cityscapes")])
     assert sorted(tmp_path.rglob("*")) == before
 
 
