@@ -10,8 +10,9 @@ from typing import NamedTuple
 import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the tests import onnxruntime themselves
-# Or torch's threads would spin while pytest-xdist's other process works.
+# Or threads of torch and numpy would spin while pytest-xdist's other process works.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from support import ROOT, ascend_environment, read_blocks, save_small_model
 

@@ -55,8 +55,9 @@ def miou_of(result: str, *options: str) -> str:
     return f"{100 * json.loads(Path('m.json').read_text())['miou']:.2f}"
 
 
-def test_the_table_of_an_ascend_host(folder):
-    done = benchmark("x", 1, 4, *SCORED)
+def test_the_table_of_an_ascend_host_and_the_report_s_command_below_it(folder):
+    Path("link.py").symlink_to(ROOT / SCRIPT)
+    done = run(Path("link.py").absolute(), "x", 1, 4, *SCORED, env=ascend_environment())
     one, four = rows_of(done)
     assert one[:6] == ["1", "5", miou_of("bench/x/bs1"), "1.00", "1000.00", "1100.00"]
     assert four[:6] == ["4", "5", one[2], "4.00", "1000.00", "1100.00"]
@@ -67,11 +68,6 @@ def test_the_table_of_an_ascend_host(folder):
     assert {command.split()[0] for command in commands_of(done)} == {sys.executable}
     assert oct(Path("bench/x").stat().st_mode & 0o777) == "0o750"
     assert "class" not in done.stdout + done.stderr and "sidewalk" in Path("bench/x/bs4.log").read_text()
-
-
-def test_the_report_s_command_below_the_table_can_be_pasted_also_where_the_script_is_a_link(folder):
-    Path("link.py").symlink_to(ROOT / SCRIPT)
-    done = run(Path("link.py").absolute(), "x", 1, 4, *SCORED, env=ascend_environment())
     subprocess.run(done.stdout.splitlines()[-2], shell=True, check=True, env=ascend_environment())
     page = Path("bench/x/report.html").read_text()
     assert "<h3>bs1_metrics</h3>" in page and "x_bs4.om" in page

