@@ -5,9 +5,7 @@
  -> SAVE_DIR/<frame>_leftImg8bit.bin                                 6 291 456 bytes
 
 A `.bin` holds float32, little-endian, C order, shape (3, 512, 1024): blue, green, red, each minus its mean, about
--123 to 151. numpy reads it back with
-
-    np.fromfile(path, "<f4").reshape(3, 512, 1024)
+-123 to 151. `np.fromfile(path, "<f4").reshape(3, 512, 1024)` reads it.
 
     $ python3 intrada_preprocess.py /data/cityscapes prep
     frames written to prep: 500
@@ -38,11 +36,7 @@ class InputError(Exception):
 
 
 def find_images(data_dir: Path, split: str) -> list[Path]:
-    """Find the split's images, sorted by path.
-
-    Raises:
-        InputError: there are none, or their names would clash or be truncated in the flat SAVE_DIR.
-    """
+    """Find the split's images, sorted by path; InputError for none, or names that SAVE_DIR or ais_bench cannot take."""
     folder = data_dir / "leftImg8bit" / split
     try:
         cities = list_folder(folder)
@@ -87,10 +81,8 @@ def read_image(path: Path) -> Image.Image:
     except Exception as error:  # Pillow raises nearly everything
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
-    if bits != 8:
-        raise InputError(f"{path}: found {bits} bits per sample, expected 8")
-    if image.mode != "RGB":
-        raise InputError(f"{path}: found mode {image.mode}, expected RGB; convert it first")
+    if (bits, image.mode) != (8, "RGB"):
+        raise InputError(f"{path}: found {bits} bits, mode {image.mode}; expected 8 bits, mode RGB; convert it first")
     return image
 
 
@@ -138,8 +130,7 @@ def convert_all(images: list[Path], save_dir: Path, workers: int) -> list[str]:
     save_dir.mkdir(parents=True, exist_ok=True)
     Image.core.set_blocks_max(2 * workers)  # keep decoded images' memory for the next ones
     convert_image = functools.partial(convert, save_dir=save_dir)
-    errors = thread_map(convert_image, images, max_workers=workers, unit="frame", disable=None)
-    return [error for error in errors if error]
+    return list(filter(None, thread_map(convert_image, images, max_workers=workers, unit="frame", disable=None)))
 
 
 def warn_of_other_files(save_dir: Path, images: list[Path]) -> None:

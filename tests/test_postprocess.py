@@ -378,7 +378,7 @@ def test_damaged_files_are_counted_and_named(tmp_path):
     np.full(19 * 65 * 129, np.nan, "<f4").tofile(logits[1])
     message = refusal(postprocess, tmp_path, tmp_path / "r")
     assert "5 of 6 frames" in message
-    words = "label id 35", "found mode RGB", "damaged, too large, or not a PNG: ", "622592 bytes", "NaN or Inf"
+    words = "label id 35", "found 8 bits, mode RGB", "damaged, too large, or not a PNG: ", "622592 bytes", "NaN or Inf"
     assert all(f"{path}: {word}" in message for path, word in zip([*labels, *logits], words))
 
 
