@@ -161,15 +161,11 @@ def load_checkpoint(weights: Path) -> object:
     except Exception as error:  # torch raises nearly everything, and advises to load without weights_only
         other = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if other:
-            raise InputError(
-                f"{weights}: holds {other[1]} beside the tensors, which is not loaded, since it could run code; if "
-                "you trust the file, save its weights alone, e.g. "
-                'torch.save(torch.load(X, weights_only=False)["state_dict"], Y)'
-            ) from None
-        raise InputError(
-            f"{weights}: not a checkpoint that torch can read: perhaps a web page saved in its place, an incomplete "
-            "download, or another format"
-        ) from None
+            found = f"holds {other[1]} beside the tensors, which could run code"
+            remedy = 'if you trust it, torch.save(torch.load(X, weights_only=False)["state_dict"], Y) leaves it out'
+            raise InputError(f"{weights}: {found}; {remedy}") from None
+        reason = "perhaps a web page saved in its place, an incomplete download, or another format"
+        raise InputError(f"{weights}: not a checkpoint that torch can read: {reason}") from None
     raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
 
 

@@ -38,18 +38,7 @@ from tqdm.contrib.concurrent import thread_map
 
 sys.path[:0] = map(str, [*Path(__file__).resolve().parents][:2])
 from infer import known_provider, load_model, one_line, run_model
-from intrada_postprocess import (
-    LOGITS_SHAPE,
-    NAMES,
-    PALETTE,
-    InputError,
-    count_cpus,
-    first_five,
-    is_there,
-    list_folder,
-    predict,
-    run_script,
-)
+from intrada_postprocess import NAMES, PALETTE, InputError, count_cpus, first_five, list_folder, predict, run_script
 from intrada_preprocess import to_input, write
 
 with contextlib.suppress(ImportError):
@@ -102,9 +91,9 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
 def refuse_other_files(output: Path) -> None:
     """Raise InputError if OUTPUT has images, or a shares.csv, that this script did not write."""
     ours = is_ours(output)
-    if is_there(output / "shares.csv") and not ours:
+    if (output / "shares.csv").exists() and not ours:
         raise InputError(f"{output / 'shares.csv'}: not of this script, or changed since; pass another --output")
-    files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
+    files = [file for entry in list_folder(output) for file in walk(entry, set())] if output.exists() else []
     others = [str(file) for file in files if not (name_kind(file) or (ours and file.name.endswith(ENDINGS)))]
     if others:
         raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
@@ -131,7 +120,7 @@ def name_kind(file: Path) -> str:
 def is_ours(folder: Path) -> bool:
     """Return whether a folder has a shares.csv of this script."""
     path = folder / "shares.csv"
-    return is_there(path) and path.read_text("utf-8", "replace").split("\n")[0].rstrip("\r") in map(",".join, HEADERS)
+    return path.exists() and path.read_text("utf-8", "replace").split("\n")[0].rstrip("\r") in map(",".join, HEADERS)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -171,7 +160,7 @@ def read_image(path: Path) -> Image.Image:
 def tidy_shares(output: Path) -> dict[str, list[str]]:
     """Read shares.csv, if there is one, and write it again: each image's last row, sorted; return these by image."""
     path = output / "shares.csv"
-    content = path.read_bytes() if is_there(path) else to_lines(HEADERS[-1])
+    content = path.read_bytes() if path.exists() else to_lines(HEADERS[-1])
     text = content.replace(b"\0", b"").decode("utf-8", "surrogateescape")  # zeros: after a power loss
     header, *rows = csv.reader(io.StringIO(text, newline=""))
     complete = rows if text.endswith("\n") else rows[:-1]  # an interruption may cut the last one
@@ -242,7 +231,7 @@ def load(args: argparse.Namespace) -> Callable[[np.ndarray], np.ndarray]:
     from ais_bench.infer.interface import InferSession
 
     session = InferSession(args.device, str(args.model))
-    return lambda input_chw: session.infer([input_chw[None]])[1].reshape(LOGITS_SHAPE).astype(np.float32, copy=False)
+    return lambda input_chw: session.infer([input_chw[None]])[1].reshape(19, 65, 129).astype(np.float32, copy=False)
 
 
 def segment(name: str, path: Path, infer: Callable[[np.ndarray], np.ndarray], args: argparse.Namespace) -> str | None:
@@ -316,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(2, 1)
     if args.skip_done:
         done = {name for name, row in shares.items() if row[-1].endswith(args.model_id.split()[-1])}
-        done = {name for name in done if all(is_there(Path(f"{args.output / name}{ending}")) for ending in ENDINGS)}
+        done = {name for name in done if all(Path(f"{args.output / name}{ending}").exists() for ending in ENDINGS)}
         print(f"skipped, already done: {len(done & images.keys())}", file=stdout)
         images = {name: path for name, path in images.items() if name not in done}
     errors = segment_all(images, args) if images else []
