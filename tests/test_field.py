@@ -239,6 +239,14 @@ def test_images_that_are_refused_are_counted_and_named_and_the_others_converted(
 # ---------------------------------------------------------------------------------------------------- labels, names
 
 
+def test_a_label_of_four_bits_which_pillow_would_scale_is_refused(tmp_path):
+    add_frame(tmp_path, FRAMES[0], HALVES, HALVES)
+    png = make_png(np.full((8, 4), 0x17, np.uint8))  # two pixels a byte
+    header = make_chunk(b"IHDR", struct.pack(">2I5B", 8, 8, 4, 0, 0, 0, 0))
+    (tmp_path / f"gtFine/val/bonn/{FRAMES[0]}_gtFine_labelIds.png").write_bytes(png[:8] + header + png[33:])
+    assert refusal(postprocess, tmp_path, tmp_path / "r").endswith(": found 4 bits, mode L; expected 8 bits, mode L")
+
+
 @pytest.mark.parametrize(("largest", "warned"), [(19, True), (21, False), (34, True)])  # 34 has no class
 def test_train_ids_without_255_are_warned_of(tmp_path, capsys, largest, warned):
     add_frame(tmp_path, FRAMES[0], HALVES, HALVES)

@@ -164,6 +164,7 @@ def test_what_would_be_segmented_wrongly_is_refused(weights):
         Image.fromarray(values).save(f"in/{name}.tif")
     save_tiff("in/plain.tif", gray.astype("<u2") * 257)
     save_tiff("in/inverted.tif", gray.astype("<u2") * 257, t262=0)
+    save_tiff("in/signed.tif", gray.astype("<i2") * 128, t339=2)
     save_tiff("in/twelve.tif", gray.astype("<u2")[:, :240], t256=320, t258=12, t279=240 * 240 * 2)
     PHOTO.save("raw.NEF", "TIFF")
     Path("in/photo.JPG").write_bytes(b"\0\0\0\x18ftypheic")
@@ -171,11 +172,12 @@ def test_what_would_be_segmented_wrongly_is_refused(weights):
     done = run(SCRIPT, "x.onnx", "in", "raw.NEF", "pipe.jpg", "--output", "out", status=1)
     wrong = "not 16 bits from black to white; convert it to 8 bits first"
     *errors, last = done.stderr.splitlines()
-    assert last == "segment.py: error: 7 of 8 images cannot be segmented; see above"
+    assert last == "segment.py: error: 8 of 9 images cannot be segmented; see above"
     assert sorted(errors) == [
         f"in/fraction.tif: {wrong}",
         f"in/inverted.tif: {wrong}",
         "in/photo.JPG: cannot identify image file 'in/photo.JPG'; HEIC needs the package pillow_heif",
+        f"in/signed.tif: {wrong}",
         f"in/small.tif: {wrong}",
         f"in/twelve.tif: {wrong}",
         "pipe.jpg: no regular file",
@@ -195,6 +197,7 @@ def test_a_folder_s_other_files_are_skipped_and_counted_by_suffix(weights):
     message = refusal(tool, *SEGMENT)
     assert message.startswith("in: no images; skipped, not images by their suffix: 16 (.xmp 3, ")
     assert all(f"{kind} 1" in message for kind in (".heic", ".nef", "no suffix", "no regular file", ".identifier"))
+    assert message.endswith("); HEIC needs the package pillow_heif")
     PHOTO.save("in/photo.jpg")
     done = run(SCRIPT, *SEGMENT)
     assert done.stderr == message[len("in: no images; ") :] + "\n"
@@ -210,6 +213,7 @@ def test_a_file_is_segmented_once_however_often_it_is_typed(weights):
     for paths in (["in"], []):
         run(SCRIPT, "x.onnx", *paths, "in/a.jpg", "in/a.jpg", "in/../in/a.jpg", "in/noname", *paths, "--output", "out")
         assert results() == ["a", "noname"]
+    assert list(tool.find_images([Path("in"), Path("in")], Path("out"))) == ["a"]
 
 
 def test_links_are_images_and_a_loop_of_them_is_one_image_s_error(weights):
