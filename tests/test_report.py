@@ -341,6 +341,9 @@ def test_frames_are_ranked_over_the_classes_of_their_ground_truth(folder):
     page = make_page(folder, metrics=("old.json",))
     assert list(page.images("image")) == ["clean", "noisy"]
     assert "the frame's ground truth" not in page.text
+    runs = [report.read_metrics(folder / name) for name in ("two.json", "old.json")]
+    report.join_runs(runs)  # the first one's ground truth is the second one's too
+    assert all(len(set(row["scores"])) == 1 for row in runs[0]["per_frame"])
 
 
 def test_each_class_links_to_what_it_is_confused_with_and_to_its_worst_frames(folder):
