@@ -34,9 +34,9 @@ import numpy as np
 from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
-LABEL_ENDING, IMAGE_ENDING = "_gtFine_labelIds.png", "_leftImg8bit.png"
-LABEL_MAP_ENDING = "_predicted_labelIds.png"
-LOGITS_SHAPE, LOGITS_SIZE = (19, 65, 129), 19 * 65 * 129
+LABEL_ENDING, IMAGE_ENDING, LABEL_MAP_ENDING = "_gtFine_labelIds.png", "_leftImg8bit.png", "_predicted_labelIds.png"
+LOGITS_SHAPE = 19, 65, 129
+LOGITS_SIZE = int(np.prod(LOGITS_SHAPE))
 
 # Source: cityscapesScripts, helpers/labels.py: every class with a train id, in the order of the train ids.
 CLASSES = (
@@ -68,8 +68,7 @@ CATEGORY_OF = np.array([CATEGORIES.index(category) for _, _, category, _ in CLAS
 PALETTE = bytes.fromhex("".join(color[1:] for _, _, _, color in CLASSES))
 LARGEST_LABEL_ID = 34
 
-# On Cityscapes val, and frames/s on 310P3 by batch size, of runs on zeros; for the tools.
-# Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA.
+# Source: Huawei's ModelZoo-PyTorch, ACL_PyTorch/contrib/cv/segmentation/IntraDA; frames/s on 310P3, on zeros.
 PUBLISHED_MIOU = 0.4701
 PUBLISHED_FPS = {1: 47.52, 4: 43.64, 8: 43.35, 16: 43.41, 32: 42.09, 64: 20.39}
 
@@ -94,8 +93,8 @@ def find_labels(data_dir: Path, split: str) -> dict[str, Path]:
     if not labels:
         raise InputError(f"{label_dir}: no <city>/<frame>{LABEL_ENDING}; DATA_DIR is the folder that holds gtFine")
     images = find_by_frame(image_dir, IMAGE_ENDING) if is_there(image_dir) else labels
-    if labels.keys() != images.keys():
-        unmatched = sorted(labels.keys() ^ images.keys())
+    unmatched = sorted(labels.keys() ^ images.keys())
+    if unmatched:
         raise InputError(f"{data_dir}: frames of {split} with only one of image and label: {first_five(unmatched)}")
     return labels
 
@@ -191,7 +190,7 @@ def read_summaries(logits: list[Path]) -> list[dict]:
     """Read the `<folder>_summary.json` beside each folder of logits: what inferred, by ais_bench or tools/infer.py.
 
     Lists of files and of single times are left out, `file` (its name) and `date` are added. A missing or damaged one is
-    left out with a warning; InputError if they name several models, or ais_bench's lists other files than these.
+    left out with a warning. InputError if they name several models, or ais_bench's lists other files than these.
     """
     summaries, models, by_folder = [], set(), {}
     for path in map(Path.resolve, logits):
@@ -206,10 +205,10 @@ def read_summaries(logits: list[Path]) -> list[dict]:
             summaries.append({"file": path.name, "date": date, **kept})
             model = re.search(r"--model[ =](\S+)|$", " ".join(map(str, summary["args"])))[1]
             models.add(str(summary.get("model_sha256") or Path(model or "unknown")))
+            if len(models) > 1:
+                raise InputError(f"{folder}: results of several models: {first_five(sorted(models))}")
         else:
             warn(f"{path}: missing or damaged; which model inferred these logits is unknown")
-    if len(models) > 1:
-        raise InputError(f"{folder}: results of several models: {first_five(sorted(models))}")
     return summaries
 
 
@@ -257,7 +256,7 @@ def read_png(path: Path, mode: str) -> Image.Image:
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
     if (bits, image.mode) != (8, mode):
-        raise InputError(f"{path}: found {bits} bits, mode {image.mode}; expected 8 bits, mode {mode}")
+        raise InputError(f"{path}: found {image.mode} of {bits} bits per sample; expected {mode} of 8")
     return image
 
 
@@ -265,7 +264,7 @@ def read_label(path: Path) -> np.ndarray:
     """Read (H, W) uint8 label ids; InputError if it is damaged or not a PNG of label ids."""
     label = np.asarray(read_png(path, "L"))
     if label.max() > LARGEST_LABEL_ID:
-        raise InputError(f"{path}: label id {label.max()}; expected 0 to {LARGEST_LABEL_ID}, not labelTrainIds")
+        raise InputError(f"{path}: label id {label.max()}; expected labelIds, 0 to {LARGEST_LABEL_ID}")
     return label
 
 
@@ -323,7 +322,7 @@ def locate(points: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_pixels(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Count (H, W) uint8 label ids by predicted train id: (19, 19) int64, row = ground truth; others count nowhere."""
+    """Count (H, W) uint8 label ids by predicted train id: (19, 19) int64, row = ground truth, without other ids."""
     pairs = label.astype(np.uint16) << 8 | prediction
     return np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)[LABEL_IDS, : len(CLASSES)]
 
@@ -376,19 +375,16 @@ def summarise(frames: list[Frame], confusions: list[np.ndarray]) -> dict:
     """Compute the metrics of the whole split from the summed confusion matrix, as fractions from 0 to 1.
 
     `miou` is the mean IoU over the classes that occur in ground truth or prediction, each class's IoU counted over all
-    frames at once. `mean_class_accuracy` is the mean recall over the classes in the ground truth. Pixels without a
-    class count nowhere.
+    frames at once. `mean_class_accuracy` is the mean recall of those in the ground truth. Other ids count nowhere.
     """
     confusion = np.sum(confusions, axis=0)
-    iou, truth = compute_iou(confusion), confusion.sum(axis=1)
     by_category = np.zeros((len(CATEGORIES), len(CATEGORIES)), np.int64)
     np.add.at(by_category, (CATEGORY_OF[:, None], CATEGORY_OF), confusion)
     return {
         "frames": len(frames),
         **measure(confusion),
         "category_iou": by_name(CATEGORIES, compute_iou(by_category)),
-        "mean_class_accuracy": float(np.nanmean(divide(np.diag(confusion), truth))),
-        "frequency_weighted_iou": float((truth * np.nan_to_num(iou)).sum() / truth.sum()),
+        "mean_class_accuracy": float(np.nanmean(divide(np.diag(confusion), confusion.sum(axis=1)))),
         "confusion_matrix": confusion.tolist(),
         "per_frame": [
             {"frame": frame.name, **measure(part), "truth": part.sum(axis=1).tolist()}
@@ -398,17 +394,17 @@ def summarise(frames: list[Frame], confusions: list[np.ndarray]) -> dict:
 
 
 def measure(confusion: np.ndarray) -> dict:
-    """Compute what is given for a frame as for all of them, from (19, 19) counts; None where nothing is counted."""
+    """Compute the metrics that a frame and the split share, from (19, 19) counts; None where nothing is counted."""
     return {
         "miou": mean_iou(confusion),
-        "iou": by_name(NAMES, compute_iou(confusion)),
         "pixel_accuracy": float(np.trace(confusion) / confusion.sum()) if confusion.any() else None,
+        "iou": by_name(NAMES, compute_iou(confusion)),
     }
 
 
-def note_files(args: argparse.Namespace, is_limited: bool) -> dict:
-    """Note what is scored, with absolute paths."""
-    limit = {"limit": args.limit} if is_limited else {}
+def note_files(args: argparse.Namespace, frames: list[Frame], labels: dict[str, Path]) -> dict:
+    """Note what is scored, with absolute paths; `limit` only where it left frames out."""
+    limit = {"limit": args.limit} if len(frames) < len(labels) else {}
     folders = {"data_dir": args.data_dir, "result_dir": args.result_dir, "label_maps": args.save_labels}
     return {"split": args.split, **limit, **{name: path and str(path.resolve()) for name, path in folders.items()}}
 
@@ -416,6 +412,11 @@ def note_files(args: argparse.Namespace, is_limited: bool) -> dict:
 def by_name(names: list[str], values: np.ndarray) -> dict[str, float | None]:
     """Name the values; JSON has null and no NaN."""
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values)}
+
+
+def compare_with_expected(miou: float, expected: float, tolerance: float) -> dict:
+    """Compare with the expected mIoU in percent; bounds inclusive, immune to rounding."""
+    return {"percent": expected, "tolerance": tolerance, "passed": round(abs(100 * miou - expected), 9) <= tolerance}
 
 
 # ---------------------------------------------------------------------------------------------------- reporting
@@ -498,7 +499,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--save_labels", metavar="DIR", type=Path, help="write each prediction here, as a PNG of label ids")
     add("--save_colors", metavar="DIR", type=Path, help="write each prediction here, as a PNG in Cityscapes' colors")
     add("--expect", metavar="PERCENT", type=float, help="expected mIoU; exit status 1 if it is missed")
-    add("--tolerance", metavar="POINTS", type=float, default=0.1, help="allowed difference (default: %(default)s)")
+    add("--tolerance", metavar="POINTS", type=float, default=0.1, help="in percentage points (default: %(default)s)")
     args = parser.parse_args(argv)
     if not np.isfinite([args.expect or 0, args.tolerance]).all():
         parser.error("--expect and --tolerance must be finite")
@@ -518,11 +519,9 @@ def main(argv: list[str] | None = None) -> int:
         if (args.save_labels or args.save_colors) and not args.json and args.expect is None:
             return 0
         raise InputError(f"{args.data_dir}/gtFine/{args.split}: no pixel of any label has a class")
-    files = note_files(args, is_limited=len(frames) < len(labels))
-    metrics = {**files, "summaries": summaries, **summarise(frames, confusions)}
+    metrics = {**note_files(args, frames, labels), "summaries": summaries, **summarise(frames, confusions)}
     if args.expect is not None:
-        passed = round(abs(100 * metrics["miou"] - args.expect), 9) <= args.tolerance  # 47.11 is within 0.1 of 47.01
-        metrics["expected"] = {"percent": args.expect, "tolerance": args.tolerance, "passed": passed}
+        metrics["expected"] = compare_with_expected(metrics["miou"], args.expect, args.tolerance)
     if args.json:  # before printing, which a closed pipe ends
         args.json.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     warn_if_suspicious(metrics, frames)

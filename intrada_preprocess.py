@@ -36,7 +36,7 @@ class InputError(Exception):
 
 
 def find_images(data_dir: Path, split: str) -> list[Path]:
-    """Find the split's images, sorted by path; InputError for none, or names that SAVE_DIR or ais_bench cannot take."""
+    """Find the split's images, sorted by path; InputError for none, or names that clash or have a dot."""
     folder = data_dir / "leftImg8bit" / split
     try:
         cities = list_folder(folder)
@@ -82,7 +82,7 @@ def read_image(path: Path) -> Image.Image:
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
     if (bits, image.mode) != (8, "RGB"):
-        raise InputError(f"{path}: found {bits} bits, mode {image.mode}; expected 8 bits, mode RGB; convert it first")
+        raise InputError(f"{path}: found {image.mode} of {bits} bits per sample; expected RGB of 8; convert it first")
     return image
 
 

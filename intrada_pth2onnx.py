@@ -161,9 +161,9 @@ def load_checkpoint(weights: Path) -> object:
     except Exception as error:  # torch raises nearly everything, and advises to load without weights_only
         other = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if other:
-            found = f"holds {other[1]} beside the tensors, which could run code"
-            remedy = 'if you trust it, torch.save(torch.load(X, weights_only=False)["state_dict"], Y) leaves it out'
-            raise InputError(f"{weights}: {found}; {remedy}") from None
+            found = f"not loaded: holds {other[1]} beside the tensors, which could run code"
+            remedy = 'save the weights alone, e.g. torch.save(torch.load(X, weights_only=False)["state_dict"], Y)'
+            raise InputError(f"{weights}: {found}; if you trust the file, {remedy}") from None
         reason = "perhaps a web page saved in its place, an incomplete download, or another format"
         raise InputError(f"{weights}: not a checkpoint that torch can read: {reason}") from None
     raise InputError(f"{weights}: damaged at {damaged}; copy or download it again")
@@ -294,9 +294,9 @@ def add_weights(graph: onnx.GraphProto, name: str, values: torch.Tensor) -> str:
 
 
 def verify(model: bytes, network: DeepLabV2) -> None:
-    """Check the model with onnx.checker, and ONNX Runtime against torch on the second of two random images.
+    """Check the model with onnx.checker, and ONNX Runtime on two random images in a batch against torch on the second.
 
-    That the second one is right shows that the batch is dynamic, too. The network is of no use afterwards.
+    So the images of a batch do not mix, either. The network is of no use afterwards.
 
     Raises:
         InputError: a logit differs by more than TOLERANCE of the largest logit.

@@ -359,6 +359,20 @@ def test_no_link_is_written_through(weights):
     assert not any(path.is_symlink() or path.read_bytes() == before[path.name] for path in Path("out").iterdir())
 
 
+def test_a_broken_link_at_shares_csv_is_an_error_and_kept(weights):
+    """As where the disk that it is on is not mounted."""
+    PHOTO.save("in/a.png")
+    for output in (Path("out"), Path("in/earlier")):
+        output.mkdir()
+        (output / "shares.csv").symlink_to("/mnt/away/shares.csv")
+        PHOTO.save(output / "b_color.png")
+        assert refusal(tool, *SEGMENT) == f"{output}/shares.csv: No such file or directory"
+        assert (output / "shares.csv").is_symlink() and len(list(output.iterdir())) == 2
+        output.rename(f"done{output.name}")
+    Path("loop").symlink_to("loop")
+    assert refusal(tool, *SEGMENT[:3], "loop") == "loop/shares.csv: Too many levels of symbolic links"
+
+
 def test_what_cannot_work_is_refused_before_any_work(weights):
     Path("other/in").mkdir(parents=True)
     assert refusal(tool, *SEGMENT) == "in: no images"

@@ -246,7 +246,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--input", metavar="SAVE_DIR", type=Path, help="infer these frames (default: zeros)")
     add("--data", metavar="DATA_DIR", type=Path, help="score them against the Cityscapes labels")
     add("--split", default="val", help="split to score (default: %(default)s)")
-    add("--limit", metavar="N", type=at_least_one, help="score the first N frames, all of SAVE_DIR (default: all)")
+    add("--limit", metavar="N", type=at_least_one, help="frames in SAVE_DIR, the first of the split (default: all)")
     add("--output", metavar="DIR", type=Path, help="folder for everything (default: bench/<file name of MODEL_PREFIX>)")
     add("--loop", metavar="N", type=at_least_one, default=50, help="runs on zeros (default: %(default)s)")
     add("--device", metavar="ID", type=int, default=0, help="device (default: %(default)s)")

@@ -33,7 +33,7 @@ WORST = {"cosine": min, "relative_distance": max, "largest_difference": max, "ag
 
 
 def find_pairs(result_dir: Path, baseline_dir: Path) -> dict[tuple[str, str], tuple[Path, Path]]:
-    """Pair the files of each frame and output, sorted by name; InputError if one is missing, or both are the same."""
+    """Pair the files of each frame and output, sorted by name; InputError for none, one missing, or the same ones."""
     results, baselines = find_logits(result_dir), find_logits(baseline_dir)
     for folder, found in ((result_dir, results), (baseline_dir, baselines)):
         if not found:

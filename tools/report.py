@@ -61,7 +61,7 @@ TRAIN_ID_OF = np.full(256, IGNORED, np.uint8)
 TRAIN_ID_OF[LABEL_IDS] = range(len(CLASSES))
 
 LARGE_FRAMES, RUN_CONFUSIONS, FRAME_CONFUSIONS, CHANGED_FRAMES, WORST_FRAMES = 5, 8, 3, 10, 5
-AVERAGES = "miou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou"
+AVERAGES = "miou", "pixel_accuracy", "mean_class_accuracy"
 SMALL, LARGE = (192, 96), (1024, 512)  # width, height of a panel
 
 # What reading and converting a value raises where JSON is not what our scripts or ais_bench wrote.

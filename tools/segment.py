@@ -8,8 +8,7 @@
                                          (0: the model is sure, 1: it is not); the model that segmented it
 
 <name> is the image's path below the given folder without its suffix, and with it where two images would share a name;
-of several paths, a folder's own name comes first. The model sees all images at 1024 x 512 and knows street scenes. What
-cannot be segmented is listed at the end, with exit status 1; --skip_done resumes.
+of several paths, a folder's own name comes first. What cannot be segmented is listed at the end, with exit status 1.
 
     $ python3 tools/segment.py X.onnx photos --output overlays
     overlays written to overlays: 3
@@ -38,8 +37,8 @@ from tqdm.contrib.concurrent import thread_map
 
 sys.path[:0] = map(str, [*Path(__file__).resolve().parents][:2])
 from infer import known_provider, load_model, one_line, run_model
-from intrada_postprocess import NAMES, PALETTE, InputError, count_cpus, first_five, list_folder, predict, run_script
-from intrada_preprocess import to_input, write
+from intrada_postprocess import NAMES, PALETTE, InputError, first_five, is_there, list_folder, predict, run_script
+from intrada_preprocess import count_cpus, to_input, write
 
 with contextlib.suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -61,24 +60,29 @@ SWATCH, ROW = 10, 16  # pixels of the legend, before it is enlarged
 def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     """Find the images, and those below folders, by the name of their results; InputError for none, or a name twice."""
     refuse_other_files(output)
-    visited, skipped, found, given = {output.resolve()}, Counter(), [], first_five(list(map(str, paths)))
-    paths = [
-        path for path in dict.fromkeys(paths) if path.stat() and not visited & {path.resolve(), *path.resolve().parents}
-    ]
-    typed = {os.path.realpath(path): path for path in paths if not path.is_dir()}
-    for folder in filter(Path.is_dir, paths):
-        start = Path(os.path.abspath(folder)).name if len(paths) > 1 else ""  # noqa: PTH100
+    visited, skipped, found = {output.resolve()}, Counter(), []
+    for path in paths:
+        path.stat()  # a missing one is an OSError
+    wanted = [path for path in dict.fromkeys(paths) if not visited & {path.resolve(), *path.resolve().parents}]
+    typed = {os.path.realpath(path): path for path in wanted if not path.is_dir()}
+    for folder in filter(Path.is_dir, wanted):
+        start = Path(os.path.abspath(folder)).name if len(wanted) > 1 else ""  # noqa: PTH100
         kinds = {file: name_kind(file) for file in walk(folder, visited) if os.path.realpath(file) not in typed}
         skipped.update(filter(None, kinds.values()))
         found += [(file, start / file.relative_to(folder)) for file, kind in kinds.items() if not kind]
     found += [(file, Path(file.name)) for file in typed.values()]
-    counts = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
-    note = f"skipped, not images by their suffix: {sum(skipped.values())} ({counts})" if skipped else ""
-    note += HEIF_REMEDY if ".heic" in skipped else ""
+    listed = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
+    remedy = HEIF_REMEDY if ".heic" in skipped else ""
+    note = f"skipped, not images by their suffix: {sum(skipped.values())} ({listed}){remedy}" if skipped else ""
     if not found:
-        raise InputError("; ".join(filter(None, [f"{given}: no images", note])))
+        raise InputError("; ".join(filter(None, [f"{first_five(list(map(str, paths)))}: no images", note])))
     if note:
         print(note, file=sys.stderr)
+    return name_results(found)
+
+
+def name_results(found: list[tuple[Path, Path]]) -> dict[str, Path]:
+    """Name the results of images by their places in OUTPUT; InputError for a name twice."""
     stems = Counter(place.with_suffix("") for _, place in found)
     names = [str(place if stems[place.with_suffix("")] > 1 else place.with_suffix("")) for _, place in found]
     counts = Counter(names)
@@ -91,9 +95,9 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
 def refuse_other_files(output: Path) -> None:
     """Raise InputError if OUTPUT has images, or a shares.csv, that this script did not write."""
     ours = is_ours(output)
-    if (output / "shares.csv").exists() and not ours:
+    if is_there(output / "shares.csv") and not ours:
         raise InputError(f"{output / 'shares.csv'}: not of this script, or changed since; pass another --output")
-    files = [file for entry in list_folder(output) for file in walk(entry, set())] if output.exists() else []
+    files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
     others = [str(file) for file in files if not (name_kind(file) or (ours and file.name.endswith(ENDINGS)))]
     if others:
         raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
@@ -120,7 +124,7 @@ def name_kind(file: Path) -> str:
 def is_ours(folder: Path) -> bool:
     """Return whether a folder has a shares.csv of this script."""
     path = folder / "shares.csv"
-    return path.exists() and path.read_text("utf-8", "replace").split("\n")[0].rstrip("\r") in map(",".join, HEADERS)
+    return is_there(path) and path.read_text("utf-8", "replace").split("\n")[0].rstrip("\r") in map(",".join, HEADERS)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -132,8 +136,7 @@ def read_image(path: Path) -> Image.Image:
         with path.open("rb") as file:
             head = file.read(12)
         with Image.open(path) as image:
-            is_unknown = path.suffix and path.suffix.lower() not in SUFFIXES
-            if image.format == "TIFF" and is_unknown:  # of a raw file Pillow opens the thumbnail
+            if image.format == "TIFF" and path.suffix and path.suffix.lower() not in SUFFIXES:  # Pillow saw a thumbnail
                 raise ValueError("camera raw; convert it first")
             tags = image.tag_v2 if image.format == "TIFF" else {}
             image.load()
@@ -160,7 +163,7 @@ def read_image(path: Path) -> Image.Image:
 def tidy_shares(output: Path) -> dict[str, list[str]]:
     """Read shares.csv, if there is one, and write it again: each image's last row, sorted; return these by image."""
     path = output / "shares.csv"
-    content = path.read_bytes() if path.exists() else to_lines(HEADERS[-1])
+    content = path.read_bytes() if is_there(path) else to_lines(HEADERS[-1])
     text = content.replace(b"\0", b"").decode("utf-8", "surrogateescape")  # zeros: after a power loss
     header, *rows = csv.reader(io.StringIO(text, newline=""))
     complete = rows if text.endswith("\n") else rows[:-1]  # an interruption may cut the last one
@@ -231,7 +234,7 @@ def load(args: argparse.Namespace) -> Callable[[np.ndarray], np.ndarray]:
     from ais_bench.infer.interface import InferSession
 
     session = InferSession(args.device, str(args.model))
-    return lambda input_chw: session.infer([input_chw[None]])[1].reshape(19, 65, 129).astype(np.float32, copy=False)
+    return lambda input_chw: session.infer([input_chw[None]])[1][0].astype(np.float32, copy=False)
 
 
 def segment(name: str, path: Path, infer: Callable[[np.ndarray], np.ndarray], args: argparse.Namespace) -> str | None:
