@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -62,6 +64,13 @@ def refusal(module: ModuleType, *args: object) -> str:
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     raise AssertionError(f"{module.__name__} refuses nothing")
+
+
+def call(module: ModuleType, *args: object) -> str:
+    """Run a script in this process, which is faster, and return what it prints on stdout."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert module.main([str(arg) for arg in args]) == 0
+    return printed.getvalue()
 
 
 def golden_logits() -> np.ndarray:

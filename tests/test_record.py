@@ -15,7 +15,8 @@ import pytest
 
 import intrada_postprocess as postprocess
 import intrada_preprocess as preprocess
-from support import GOLDEN_DATA_DIR, add_frame, ascend_environment, refusal, run, save_frames, save_small_model
+import tools.infer as onnx_tool
+from support import GOLDEN_DATA_DIR, add_frame, ascend_environment, call, refusal, run, save_frames, save_small_model
 from tools import report
 
 FRAMES = [f"ulm_000000_{n:06}" for n in range(4)]
@@ -34,14 +35,19 @@ def folder(tmp_path, monkeypatch) -> Path:
     save_small_model(Path("x.onnx"))
     Path("x_bs1.om").write_text(json.dumps({"onnx": "x.onnx", "batch": 1, "frame_shape": [3, 512, 1024]}))
     save_frames(Path("prep"), FRAMES)
+    Path("result").mkdir(0o750)
     for frame, label in zip(FRAMES, np.random.default_rng(0).integers(0, 19, (4, 65, 129))):
         add_frame(Path("data"), frame, label, label)
     return tmp_path
 
 
-def infer(dirname: str, *options: object, **settings: str) -> None:
-    options = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", dirname, *options
-    run("tools/infer.py", *options, env={**os.environ, **settings})
+def infer(dirname: str, *options: object) -> None:
+    call(onnx_tool, "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", dirname, *options)
+
+
+def infer_as_rank(dirname: str, rank: int) -> None:
+    options = "--model", "x.onnx", "--input", "prep", "--output", "result", "--output_dirname", dirname
+    run("tools/infer.py", *options, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
 
 
 def infer_on_an_npu(dirname: str, *options: str) -> None:
@@ -85,8 +91,8 @@ def test_each_device_has_its_own_summary_and_a_stale_one_is_of_none(folder, caps
     infer("r")  # one process
     stale = Path("result/r_summary.json").read_bytes()
     shutil.rmtree("result/r")
-    for rank in "01":
-        infer("r", RANK=rank, WORLD_SIZE="2", LOCAL_RANK="0")
+    for rank in (0, 1):
+        infer_as_rank("r", rank)
     assert Path("result/r_summary.json").read_bytes() == stale
     files = [summary["file"] for summary in score("result/r")["summaries"]]
     assert files == ["device0_summary.json", "device1_summary.json"]
@@ -111,7 +117,7 @@ def test_two_npus_have_two_summaries_or_give_two_results_of_a_frame(folder, form
 @pytest.mark.parametrize("first", ["another x.onnx", "x_bs1.om", "y_bs1.om"])
 def test_devices_of_several_models_are_refused(folder, first):
     for rank in (0, 1):
-        infer("r", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+        infer_as_rank("r", rank)
         if not rank:
             save_small_model(Path("x.onnx"), seed=1 if first == "another x.onnx" else 0)
     if first != "another x.onnx":

@@ -26,7 +26,7 @@ from PIL import Image
 import tools.segment as tool
 from intrada_postprocess import CLASSES, PALETTE, predict
 from intrada_preprocess import to_input
-from support import OWN_GROUP, ROOT, ascend_environment, error_of, refusal, run, save_small_model
+from support import OWN_GROUP, ROOT, ascend_environment, call, error_of, refusal, run, save_small_model
 
 SCRIPT = "tools/segment.py"
 SEGMENT = "x.onnx", "in", "--output", "out"
@@ -203,7 +203,7 @@ def test_a_folder_s_other_files_are_skipped_and_counted_by_suffix(weights):
     assert done.stderr == message[len("in: no images; ") :] + "\n"
     assert results() == ["photo"]
     PHOTO.save("in/noname", "PNG")
-    run(SCRIPT, "x.onnx", "in/noname", *SEGMENT[2:])  # typed, so tried
+    call(tool, "x.onnx", "in/noname", *SEGMENT[2:])  # typed, so tried
     assert results() == ["noname", "photo"]
 
 
@@ -211,7 +211,7 @@ def test_a_file_is_segmented_once_however_often_it_is_typed(weights):
     for name in ("in/a.jpg", "in/noname"):
         PHOTO.save(name, "JPEG")
     for paths in (["in"], []):
-        run(SCRIPT, "x.onnx", *paths, "in/a.jpg", "in/a.jpg", "in/../in/a.jpg", "in/noname", *paths, "--output", "out")
+        call(tool, "x.onnx", *paths, "in/a.jpg", "in/a.jpg", "in/../in/a.jpg", "in/noname", *paths, "--output", "out")
         assert results() == ["a", "noname"]
     assert list(tool.find_images([Path("in"), Path("in")], Path("out"))) == ["a"]
 
@@ -268,7 +268,7 @@ def test_an_om_runs_by_ais_bench_whatever_the_names_and_the_umask(weights):
     names = ["a.b", "街景 1"]
     for name, image in zip(names, (PHOTO, GRAY)):
         image.save(f"in/{name}.png")
-    run(SCRIPT, *SEGMENT)
+    call(tool, *SEGMENT)
     done = run(SCRIPT, "x.om", *SEGMENT[1:3], "om/out", "--device", "1", env=ascend_environment(), umask=0o002)
     assert done.stdout == "overlays written to om/out: 2\n"  # and nothing of ais_bench's
     assert "load model" in done.stderr and "device 1" in done.stderr
@@ -320,7 +320,7 @@ def test_results_mirror_the_folders_and_runs_into_one_output_add_up(weights):
     Path("in/cam2/again").symlink_to("..")
     output = SEGMENT[0], "in", "--output", "in/out"
     names = ["a", "cam1/a", "cam2/a.gif", "cam2/a.png"]
-    assert run(SCRIPT, *output).stdout == "overlays written to in/out: 4\n"
+    assert call(tool, *output) == "overlays written to in/out: 4\n"
     assert results("in/out") == names
 
     PHOTO.save("in/new.png")
@@ -332,29 +332,29 @@ def test_results_mirror_the_folders_and_runs_into_one_output_add_up(weights):
     Path("out/shares.csv").write_text("".join(row for row in rows if not row.startswith("a,")))
     Path("out", "notes.txt").touch()  # no image
     shutil.move("out", "in/out")
-    done = run(SCRIPT, *output, "--skip_done")  # and what is in OUTPUT is no input
-    assert done.stdout == "skipped, already done: 1\noverlays written to in/out: 4\n"
+    printed = call(tool, *output, "--skip_done")  # and what is in OUTPUT is no input
+    assert printed == "skipped, already done: 1\noverlays written to in/out: 4\n"
     for name in ("notes.txt", "b_color.png.part"):
         Path("in/out", name).unlink()
     assert results("in/out") == [*names, "new"]
 
     Path("in/cam2/again").unlink()
-    run(SCRIPT, "x.onnx", "in/cam1", "in/cam2", "in/new.png", "in/out", "in/out/cam1", "--output", "in/out")
+    call(tool, "x.onnx", "in/cam1", "in/cam2", "in/new.png", "in/out", "in/out/cam1", "--output", "in/out")
     shutil.move("in/out", "out")
     assert results() == list(shares()) == [*names, "new"]
-    run(SCRIPT, "x.onnx", "in", "in/cam1/../cam1", "--output", "out")
+    call(tool, "x.onnx", "in", "in/cam1/../cam1", "--output", "out")
     assert results() == list(shares()) == [*names, *(f"in/{name}" for name in names), "in/new", "new"]
 
 
 def test_no_link_is_written_through(weights):
     PHOTO.save("in/b.png")
-    run(SCRIPT, *SEGMENT)
+    call(tool, *SEGMENT)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     for name in ("b_overlay.jpg", "b_color.png"):
         Path("out", name).rename(f"my_{name}")
         Path("out", name).symlink_to(f"../my_{name}")
     GRAY.save("in/b.png")
-    run(SCRIPT, *SEGMENT)
+    call(tool, *SEGMENT)
     assert all(Path(f"my_{name}").read_bytes() == before[name] for name in ("b_overlay.jpg", "b_color.png"))
     assert not any(path.is_symlink() or path.read_bytes() == before[path.name] for path in Path("out").iterdir())
 
@@ -423,7 +423,7 @@ def test_a_signal_loses_only_what_is_being_segmented_and_skip_done_resumes(weigh
     done = shares()
     assert 3 <= len(done) < 40
     Path("out/shares.csv").write_bytes(Path("out/shares.csv").read_bytes() + b"39,0.1,0.2")  # cut
-    stdout = run(SCRIPT, *SEGMENT, "--skip_done").stdout
+    stdout = call(tool, *SEGMENT, "--skip_done")
     assert stdout == f"skipped, already done: {len(done)}\noverlays written to out: {40 - len(done)}\n"
     assert results() == list(shares()) == [f"{n:02}" for n in range(40)]
     assert len({path.read_bytes() for path in Path("out").glob("*_overlay.jpg")}) == 1
@@ -431,37 +431,37 @@ def test_a_signal_loses_only_what_is_being_segmented_and_skip_done_resumes(weigh
 
 def test_of_two_rows_the_last_counts_and_a_cut_one_does_not(weights):
     PHOTO.save("in/a.png")
-    run(SCRIPT, *SEGMENT)
+    call(tool, *SEGMENT)
     header, row = Path("out/shares.csv").read_text().splitlines()
     other = ",".join(["b", *["0.5"] * 20, "model"])
     cut = row.replace("a,", "c,")[:-3]
     Path("out/shares.csv").write_text("\n".join([header, "a" + other[1:], row, other, "d,1", cut]))
     Path("x.onnx").rename("y.onnx")  # the same bytes
-    assert run(SCRIPT, "y.onnx", *SEGMENT[1:], "--skip_done").stdout.startswith("skipped, already done: 1\n")
+    assert call(tool, "y.onnx", *SEGMENT[1:], "--skip_done").startswith("skipped, already done: 1\n")
     assert Path("out/shares.csv").read_text().splitlines() == [header, row, other]
     with Path("out/shares.csv").open("ab") as file:
         file.write(bytes(3))  # as a power loss leaves it
-    assert run(SCRIPT, "y.onnx", *SEGMENT[1:], "--skip_done").stdout.startswith("skipped, already done: 1\n")
+    assert call(tool, "y.onnx", *SEGMENT[1:], "--skip_done").startswith("skipped, already done: 1\n")
     assert Path("out/shares.csv").read_text().splitlines() == [header, row, other]
 
 
 def test_another_model_s_results_and_an_earlier_version_s_are_not_done(weights):
     PHOTO.save("in/a.png")
-    run(SCRIPT, *SEGMENT)
+    call(tool, *SEGMENT)
     before = Path("out/a_color.png").read_bytes()
     save_small_model(Path("x.onnx"), seed=1)  # under the same name
-    assert run(SCRIPT, *SEGMENT, "--skip_done").stdout == "skipped, already done: 0\noverlays written to out: 1\n"
+    assert call(tool, *SEGMENT, "--skip_done") == "skipped, already done: 0\noverlays written to out: 1\n"
     assert Path("out/a_color.png").read_bytes() != before
     table = [line.split(",") for line in Path("out/shares.csv").read_text().splitlines()]
     Path("out/shares.csv").write_text("".join(f"{','.join(row[:-2])}\n" for row in [*table, ["gone", *table[1][1:]]]))
-    assert run(SCRIPT, *SEGMENT, "--skip_done").stdout.startswith("skipped, already done: 0\n")
+    assert call(tool, *SEGMENT, "--skip_done").startswith("skipped, already done: 0\n")
     rows = [line.split(",") for line in Path("out/shares.csv").read_text().splitlines()]
     assert rows == [*table, ["gone", *table[1][1:-2], "", ""]]
 
 
 def test_an_earlier_output_among_the_photos_is_left_out(weights):
     PHOTO.save("in/a.png")
-    run(SCRIPT, "x.onnx", "in", "--output", "in/first")
+    call(tool, "x.onnx", "in", "--output", "in/first")
     assert run(SCRIPT, *SEGMENT).stderr == "skipped, not images by their suffix: 1 (earlier OUTPUT 1)\n"
     assert results() == ["a"]
 
@@ -469,7 +469,7 @@ def test_an_earlier_output_among_the_photos_is_left_out(weights):
 def test_the_entropy_is_that_of_softmax_over_the_grid(weights):
     for name, image in {"a": PHOTO, "b": Image.new("RGB", (8, 8))}.items():
         image.save(f"in/{name}.png")
-    run(SCRIPT, *SEGMENT)
+    call(tool, *SEGMENT)
     rows = [line.split(",") for line in Path("out/shares.csv").read_text().splitlines()[1:]]
     entropies = {row[0]: float(row[-2]) for row in rows}
     for name, image in {"a": PHOTO, "b": Image.new("RGB", (8, 8))}.items():
@@ -482,7 +482,7 @@ def test_the_entropy_is_that_of_softmax_over_the_grid(weights):
 
 def test_the_opacity_is_that_of_the_prediction(weights):
     PHOTO.save("in/a.png")
-    run(SCRIPT, *SEGMENT, "--opacity", 1)
+    call(tool, *SEGMENT, "--opacity", 1)
     shown = Image.open("out/a_overlay.jpg").crop((0, 0, *PHOTO.size))
     expected = Image.open("out/a_color.png").convert("RGB")
     assert np.abs(np.asarray(shown).astype(int) - np.asarray(expected)).mean() < 8
@@ -493,7 +493,7 @@ def test_a_full_disk_ends_all(weights):
     """A link to a device that is full stands in for it."""
     for name in "abcdefgh":
         PHOTO.save(f"in/{name}.png")
-    run(SCRIPT, "x.onnx", "in/h.png", *SEGMENT[2:])
+    call(tool, "x.onnx", "in/h.png", *SEGMENT[2:])
     for name in "abcdefgh":
         Path(f"out/{name}_color.png.part").symlink_to("/dev/full")
     assert error_of(SCRIPT, *SEGMENT).endswith("_color.png: No space left on device")
