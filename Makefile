@@ -13,6 +13,7 @@ PROVIDER := cpu
 SPLIT    := val
 LIMIT    :=
 OUT      := out/$(if $(DATA),$(shell echo "$$(basename "$(WEIGHTS)" .pth)_on_$$(basename "$(DATA)")" | tr ' :;' ___),tiny)
+override OUT := $(strip $(OUT))
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/installed
@@ -54,6 +55,9 @@ endif
 ifneq ($(words $(OUT)) $(findstring :,$(OUT)),1 )
 $(error OUT="$(OUT)": expected a path without blanks and colons)
 endif
+ifneq ($(if $(DATA),,$(wildcard $(OUT)/made_of)),)
+$(error $(OUT): has results of another data set; pass another OUT=)
+endif
 
 # With DATA=, before anything is made: the labels are there, and OUT is of no other checkpoint or data set.
 define CHECK
@@ -81,7 +85,7 @@ run: $(STAMP) $(if $(DATA),,$(TINY)/tiny_intrada.pth)  ## checkpoint to mIoU and
 	@test -f "$(weights)" || { echo "$(weights): no such file" >&2; exit 1; }
 	@$(BIN)/python tools/infer.py --provider $(PROVIDER) --batchsize $(BS) --help > /dev/null  # refuses bad ones at once
 	@mkdir -p "$(OUT)"
-	$(if $(DATA),@$(BIN)/python -c "$$CHECK" "$(DATA)" $(SPLIT) "$(WEIGHTS)" "$(OUT)")
+	$(if $(DATA),@$(BIN)/python -c "$$CHECK" "$(DATA)" "$(SPLIT)" "$(WEIGHTS)" "$(OUT)")
 	$(BIN)/python intrada_preprocess.py "$(data)" "$(PREP)" $(frames)
 	$(BIN)/python intrada_pth2onnx.py "$(weights)" "$(ONNX)"
 	$(if $(DATA),@mv "$(OUT)/made_of.part" "$(OUT)/made_of" 2>/dev/null || test -f "$(OUT)/made_of")

@@ -203,12 +203,13 @@ def read_summaries(logits: list[Path]) -> list[dict]:
             date = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
             kept = {key: value for key, value in summary.items() if key != "filesinfo" and not key.endswith("_list")}
             summaries.append({"file": path.name, "date": date, **kept})
-            model = re.search(r"--model[ =](\S+)|$", " ".join(map(str, summary["args"])))[1]
-            models.add(str(summary.get("model_sha256") or Path(model or "unknown")))
-            if len(models) > 1:
-                raise InputError(f"{folder}: results of several models: {first_five(sorted(models))}")
+            named = re.findall(r"--model[ =](\S+)", " ".join(map(str, summary["args"]))) or ["unknown"]
+            models.add(str(summary.get("model_sha256") or Path(named[0])))
         else:
             warn(f"{path}: missing or damaged; which model inferred these logits is unknown")
+    if len(models) > 1:
+        folders = first_five(list(map(str, by_folder)))
+        raise InputError(f"{folders}: results of several models: {first_five(sorted(models))}")
     return summaries
 
 
@@ -256,7 +257,7 @@ def read_png(path: Path, mode: str) -> Image.Image:
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
     if (bits, image.mode) != (8, mode):
-        raise InputError(f"{path}: found {image.mode} of {bits} bits per sample; expected {mode} of 8")
+        raise InputError(f"{path}: found mode {image.mode}, {bits} bits per sample; expected mode {mode}, 8 bits")
     return image
 
 
@@ -347,6 +348,8 @@ def score_all(frames: list[Frame], args: argparse.Namespace) -> list[np.ndarray]
     """Score frames in threads, as numpy and Pillow release the GIL; return (19, 19) int64 for each, or InputError."""
     for folder in filter(None, (args.save_labels, args.save_colors)):
         folder.mkdir(parents=True, exist_ok=True)
+    if args.json:
+        make_parent(args.json)
     score_frame = functools.partial(score, save_labels=args.save_labels, save_colors=args.save_colors)
     scored = thread_map(score_frame, frames, max_workers=args.workers, unit="frame", disable=None)
     errors = [result for result in scored if isinstance(result, str)]
@@ -357,8 +360,7 @@ def score_all(frames: list[Frame], args: argparse.Namespace) -> list[np.ndarray]
 
 def compute_iou(confusion: np.ndarray) -> np.ndarray:
     """Compute each class's IoU from (C, C) counts, row = ground truth; NaN for one that does not occur in either."""
-    hits = np.diag(confusion)
-    return divide(hits, confusion.sum(axis=1) + confusion.sum(axis=0) - hits)
+    return divide(np.diag(confusion), confusion.sum(axis=1) + confusion.sum(axis=0) - np.diag(confusion))
 
 
 def divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -440,7 +442,7 @@ def warn_if_suspicious(metrics: dict, frames: list[Frame]) -> None:
     if resized:
         warn(f"labels that are not 2048 x 1024, whose mIoU is not comparable: {first_five(resized)}")
     confusion = np.array(metrics["confusion_matrix"])
-    if not confusion[LABEL_IDS.searchsorted(20) :].any():
+    if not confusion[LABEL_IDS > 19].any():
         warn("no label id above 19 in the whole split: are these labelTrainIds? Expected *_gtFine_labelIds.png")
     predicted = np.flatnonzero(confusion.any(axis=0))
     if len(predicted) == 1:
@@ -499,7 +501,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--save_labels", metavar="DIR", type=Path, help="write each prediction here, as a PNG of label ids")
     add("--save_colors", metavar="DIR", type=Path, help="write each prediction here, as a PNG in Cityscapes' colors")
     add("--expect", metavar="PERCENT", type=float, help="expected mIoU; exit status 1 if it is missed")
-    add("--tolerance", metavar="POINTS", type=float, default=0.1, help="in percentage points (default: %(default)s)")
+    add("--tolerance", metavar="POINTS", type=float, default=0.1, help="points around --expect (default: %(default)s)")
     args = parser.parse_args(argv)
     if not np.isfinite([args.expect or 0, args.tolerance]).all():
         parser.error("--expect and --tolerance must be finite")
@@ -508,8 +510,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.json:
-        make_parent(args.json)
     labels = find_labels(args.data_dir, args.split)
     frames = find_frames(labels, args.result_dir, args.limit)
     summaries = read_summaries([frame.logits for frame in frames])

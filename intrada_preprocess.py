@@ -82,7 +82,7 @@ def read_image(path: Path) -> Image.Image:
         reason = getattr(error, "strerror", None) or f"damaged, too large, or not a PNG: {error}"
         raise InputError(f"{path}: {reason}") from None
     if (bits, image.mode) != (8, "RGB"):
-        raise InputError(f"{path}: found {image.mode} of {bits} bits per sample; expected RGB of 8; convert it first")
+        raise InputError(f"{path}: found mode {image.mode}, {bits} bits per sample; expected mode RGB, 8 bits")
     return image
 
 

@@ -349,8 +349,9 @@ def test_label_maps_of_other_frames_are_warned_of(quarter, capsys):
 def test_the_json_s_folder_is_made_before_and_a_folder_of_its_name_refused(quarter):
     assert score(quarter, "--json", quarter / "new" / "m.json") == 0
     assert (quarter / "new/m.json").is_file()
-    message = refusal(postprocess, quarter, quarter / "none", "--json", quarter / "new")
-    assert message == f"{quarter}/new: is a folder; expected a file to write"
+    for folder, maps in (("new", []), ("maps", ["--save_labels", quarter / "maps"])):
+        message = refusal(postprocess, quarter, quarter / "r", "--json", quarter / folder, *maps)
+        assert message == f"{quarter}/{folder}: is a folder; expected a file to write"
 
 
 def test_a_name_in_two_cities_is_refused(quarter):
@@ -376,7 +377,7 @@ def test_damaged_files_are_counted_and_named(tmp_path):
     np.full(19 * 65 * 129, np.nan, "<f4").tofile(logits[1])
     message = refusal(postprocess, tmp_path, tmp_path / "r")
     assert "5 of 6 frames" in message
-    words = "label id 35", "found RGB of 8 bits", "damaged, too large, or not a PNG: ", "622592 bytes", "NaN or Inf"
+    words = "label id 35", "found mode RGB, 8 bits", "damaged, too large, or not a PNG: ", "622592 bytes", "NaN or Inf"
     assert all(f"{path}: {word}" in message for path, word in zip([*labels, *logits], words))
 
 

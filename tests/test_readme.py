@@ -259,6 +259,8 @@ def test_make_run_says_first_that_labels_are_missing_or_out_is_of_another_checkp
     assert sorted(Path("o").iterdir()) == before
     Path("o/result").mkdir()
     assert "] Error 3" in make(*run, "WEIGHTS=2 a/best.pth").stderr  # the same one may go on
+    refused = make("run", "OUT=o").stderr  # the tiny data set
+    assert "o: has results of another data set; pass another OUT=." in refused
     Path("o/made_of").unlink()  # as an earlier version leaves it
     assert "data set or version; pass another OUT=" in make(*run, "WEIGHTS=2 a/best.pth").stderr
 

@@ -216,6 +216,14 @@ def test_a_file_is_segmented_once_however_often_it_is_typed(weights):
     assert list(tool.find_images([Path("in"), Path("in")], Path("out"))) == ["a"]
 
 
+def test_links_and_what_they_lead_to_are_images_of_their_own(weights):
+    PHOTO.save("in/a.png")
+    Path("in/link.png").symlink_to("a.png")
+    Path("top.png").symlink_to("in/a.png")
+    call(tool, "x.onnx", "in", "top.png", "--output", "out")
+    assert results() == ["in/a", "in/link", "top"]
+
+
 def test_links_are_images_and_a_loop_of_them_is_one_image_s_error(weights):
     PHOTO.save("p.jpg")
     Path("in/b").mkdir()
@@ -285,6 +293,7 @@ def test_an_om_runs_by_ais_bench_whatever_the_names_and_the_umask(weights):
         ("x.om", {}, "x.om: No module named 'ais_bench'"),
         ("bs4.om", ascend_environment(), "bs4.om: Check i:0 name:image in size:6291456 needsize:25165824 not match"),
         ("cut.om", ascend_environment(), "cut.om: Expecting value: line 1 column 1 (char 0)"),
+        ("c20.om", ascend_environment(), "c20.om: cannot reshape array of size 167700 into shape (19,65,129)"),
         ("bs4.onnx", {}, "onnxruntime failed at --batchsize 1: "),
     ],
 )
@@ -292,6 +301,11 @@ def test_a_model_that_fails_ends_the_run_in_one_line(weights, model, environment
     Path("bs4.om").write_text(Path("x.om").read_text().replace('"batch": 1', '"batch": 4'))
     Path("cut.om").touch()
     save_small_model(Path("bs4.onnx"), 4)
+    Path("c20.om").write_text(Path("x.om").read_text().replace("x.onnx", "c20.onnx"))
+    other = onnx.load("x.onnx")
+    other.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.ones((20, 3, 1, 1), np.float32), "weight_1"))
+    other.graph.output[1].type.tensor_type.shape.dim[1].dim_value = 20
+    onnx.save(other, "c20.onnx")
     for n in range(9):
         PHOTO.save(f"in/{n}.png")
     done = run(SCRIPT, model, *SEGMENT[1:], status=1, env={**os.environ, **environment})
@@ -464,6 +478,9 @@ def test_an_earlier_output_among_the_photos_is_left_out(weights):
     call(tool, "x.onnx", "in", "--output", "in/first")
     assert run(SCRIPT, *SEGMENT).stderr == "skipped, not images by their suffix: 1 (earlier OUTPUT 1)\n"
     assert results() == ["a"]
+    shutil.copytree("out", "in/out/nested")
+    message = "in/out: has files that may be yours; pass another --output: in/out/nested"
+    assert refusal(tool, *SEGMENT[:3], "in/out") == message
 
 
 def test_the_entropy_is_that_of_softmax_over_the_grid(weights):

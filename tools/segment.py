@@ -37,8 +37,8 @@ from tqdm.contrib.concurrent import thread_map
 
 sys.path[:0] = map(str, [*Path(__file__).resolve().parents][:2])
 from infer import known_provider, load_model, one_line, run_model
-from intrada_postprocess import NAMES, PALETTE, InputError, first_five, is_there, list_folder, predict, run_script
-from intrada_preprocess import count_cpus, to_input, write
+from intrada_postprocess import LOGITS_SHAPE, NAMES, PALETTE, InputError, is_there, predict, run_script
+from intrada_preprocess import count_cpus, first_five, list_folder, to_input, write
 
 with contextlib.suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -64,12 +64,12 @@ def find_images(paths: list[Path], output: Path) -> dict[str, Path]:
     for path in paths:
         path.stat()  # a missing one is an OSError
     wanted = [path for path in dict.fromkeys(paths) if not visited & {path.resolve(), *path.resolve().parents}]
-    typed = {os.path.realpath(path): path for path in wanted if not path.is_dir()}
+    typed = {path.parent.resolve() / path.name: path for path in wanted if not path.is_dir()}
     for folder in filter(Path.is_dir, wanted):
         start = Path(os.path.abspath(folder)).name if len(wanted) > 1 else ""  # noqa: PTH100
-        kinds = {file: name_kind(file) for file in walk(folder, visited) if os.path.realpath(file) not in typed}
+        kinds = {f: name_kind(f) for f in walk(folder, visited) if f.parent.resolve() / f.name not in typed}
         skipped.update(filter(None, kinds.values()))
-        found += [(file, start / file.relative_to(folder)) for file, kind in kinds.items() if not kind]
+        found += [(file, Path(start, file.relative_to(folder))) for file, kind in kinds.items() if not kind]
     found += [(file, Path(file.name)) for file in typed.values()]
     listed = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common())
     remedy = HEIF_REMEDY if ".heic" in skipped else ""
@@ -98,7 +98,7 @@ def refuse_other_files(output: Path) -> None:
     if is_there(output / "shares.csv") and not ours:
         raise InputError(f"{output / 'shares.csv'}: not of this script, or changed since; pass another --output")
     files = [file for entry in list_folder(output) for file in walk(entry, set())] if is_there(output) else []
-    others = [str(file) for file in files if not (name_kind(file) or (ours and file.name.endswith(ENDINGS)))]
+    others = [str(f) for f in files if f.is_dir() or not (name_kind(f) or (ours and f.name.endswith(ENDINGS)))]
     if others:
         raise InputError(f"{output}: has files that may be yours; pass another --output: {first_five(others)}")
 
@@ -167,7 +167,7 @@ def tidy_shares(output: Path) -> dict[str, list[str]]:
     text = content.replace(b"\0", b"").decode("utf-8", "surrogateescape")  # zeros: after a power loss
     header, *rows = csv.reader(io.StringIO(text, newline=""))
     complete = rows if text.endswith("\n") else rows[:-1]  # an interruption may cut the last one
-    shares = {row[0]: row + [""] * (len(HEADERS[-1]) - len(row)) for row in complete if len(row) == len(header)}
+    shares = {row[0]: [*row, "", ""][: len(HEADERS[-1])] for row in complete if len(row) == len(header)}
     output.mkdir(parents=True, exist_ok=True)
     write(path, to_lines(HEADERS[-1], *(shares[name] for name in sorted(shares))))
     return shares
@@ -234,7 +234,7 @@ def load(args: argparse.Namespace) -> Callable[[np.ndarray], np.ndarray]:
     from ais_bench.infer.interface import InferSession
 
     session = InferSession(args.device, str(args.model))
-    return lambda input_chw: session.infer([input_chw[None]])[1][0].astype(np.float32, copy=False)
+    return lambda input_chw: session.infer([input_chw[None]])[1].reshape(LOGITS_SHAPE).astype(np.float32, copy=False)
 
 
 def segment(name: str, path: Path, infer: Callable[[np.ndarray], np.ndarray], args: argparse.Namespace) -> str | None:
@@ -307,9 +307,9 @@ def main(argv: list[str] | None = None) -> int:
         stdout = os.fdopen(os.dup(1), "w", errors="backslashreplace")
         os.dup2(2, 1)
     if args.skip_done:
-        done = {name for name, row in shares.items() if row[-1].endswith(args.model_id.split()[-1])}
-        done = {name for name in done if all(Path(f"{args.output / name}{ending}").exists() for ending in ENDINGS)}
-        print(f"skipped, already done: {len(done & images.keys())}", file=stdout)
+        rows = {name for name in images.keys() & shares if shares[name][-1].endswith(args.model_id.split()[-1])}
+        done = {name for name in rows if all(Path(f"{args.output / name}{ending}").exists() for ending in ENDINGS)}
+        print(f"skipped, already done: {len(done)}", file=stdout)
         images = {name: path for name, path in images.items() if name not in done}
     errors = segment_all(images, args) if images else []
     tidy_shares(args.output)
