@@ -345,7 +345,7 @@ def score(frame: Frame, save_labels: Path | None, save_colors: Path | None) -> n
 
 
 def score_all(frames: list[Frame], args: argparse.Namespace) -> list[np.ndarray]:
-    """Score frames in threads, as numpy and Pillow release the GIL; return (19, 19) int64 for each, or InputError."""
+    """Make the folders to write to, and score frames in threads; return (19, 19) int64 for each, or InputError."""
     for folder in filter(None, (args.save_labels, args.save_colors)):
         folder.mkdir(parents=True, exist_ok=True)
     if args.json:

@@ -148,10 +148,9 @@ def test_a_tool_runs_by_a_symbolic_link(script, tmp_path):
     subprocess.run([sys.executable, "link.py", "--help"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize(
-    "script", ["intrada_preprocess.py", "intrada_postprocess.py"]
-)  # test_pth2onnx.py has the other
+@pytest.mark.parametrize("script", ["intrada_preprocess.py", "intrada_postprocess.py"])
 def test_a_script_of_the_trio_runs_alone(script, tmp_path):
+    """The third one runs so in test_pth2onnx.py."""
     shutil.copy(ROOT / script, tmp_path)
     subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
@@ -275,6 +274,7 @@ def test_make_clears_no_folder_of_the_user_s(clone):
     planned = make("-n", "setup", VENV="/home/of/the/user").stdout
     assert "-m venv .venv\n" in planned and "/home/of/the/user" not in planned and "--clear" not in planned
     assert "/data/tiny_cityscapes" in make("-n", "run", "OUT=/data").stdout
+    assert "data /" not in make("-n", "run", "OUT=/data ").stdout
 
 
 def test_the_tiny_data_set_is_not_mixed_with_another(tmp_path):
